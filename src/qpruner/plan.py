@@ -1,0 +1,122 @@
+"""The values that pass between deciding and doing. No torch, no tensors; everything reads and writes as JSON.
+
+    Budget    a limit, with its unit
+    QuantSpec how one linear layer is stored
+    Plan      everything that will be done to a model
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qpruner.errors import BudgetError, PlanError
+
+UNITS_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+class Value(BaseModel):
+    """Frozen, compared by content, and strict: an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Budget(Value):
+    """A limit on the stored size: `50%` of the 16-bit bytes, `3.5GiB`, or `4.5bpw` (bits per original parameter)."""
+
+    amount: float = Field(gt=0)
+    unit: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Budget":
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z%]+)\s*", text)
+        accepted = ["%", "bpw", *UNITS_BYTES]
+        unit = match and next((u for u in accepted if u.lower() == match[2].lower()), None)
+        if not unit or float(match[1]) <= 0:
+            raise BudgetError(
+                f"the budget {text!r} cannot be read. Accepted: a percentage of the 16-bit size (50%), "
+                f"a size (3.5GiB; {', '.join(UNITS_BYTES)}), or bits per original parameter (4.5bpw)."
+            )
+        return cls(amount=float(match[1]), unit=unit)
+
+    def to_bytes(self, *, parameters: int) -> int:
+        """The limit in whole bytes, for a model of so many parameters (tied tensors counted once)."""
+        if self.unit == "%":
+            return int(2 * parameters * self.amount / 100)
+        if self.unit == "bpw":
+            return int(parameters * self.amount / 8)
+        return int(self.amount * UNITS_BYTES[self.unit])
+
+    def __str__(self) -> str:
+        return f"{self.amount:g}{self.unit}"
+
+
+class QuantSpec(Value):
+    """How the weight of one linear layer is stored.
+
+    bits: per code; 16 means unquantized. grid: the code book. group_size: weights that share one scale, counted along
+    the input dimension; None means a whole row. Scales are float16.
+    """
+
+    bits: Literal[4, 8, 16]
+    grid: Literal["normal-float", "integer", "none"]
+    group_size: int | None = None
+
+
+DENSE = QuantSpec(bits=16, grid="none")
+NF4 = QuantSpec(bits=4, grid="normal-float", group_size=64)
+INT8 = QuantSpec(bits=8, grid="integer")
+SPECS: dict[int, QuantSpec] = {4: NF4, 8: INT8, 16: DENSE}
+
+
+class Recovery(Value):
+    """How adapters are trained after the cuts. Field meanings are those of the recipe's keys of the same names."""
+
+    adapter_alpha: float = 16.0
+    adapter_dropout: float = 0.05
+    loftq_iterations: int = 5
+    steps: int = 100
+    batch_size: int = 8
+    learning_rate: float = 1e-4
+    warmup_steps: int = 10
+
+
+class Plan(Value):
+    """Everything that will be done to a model, complete: it decides every group and every linear of its decoder layers.
+
+    model_digest: of the configuration and tensor shapes of the model it is for.
+    kept: indices of the units that stay, ascending, for every group of the graph.
+    specs: for every linear inside the decoder layers.
+    adapter_ranks: rank of the adapter of each linear that gets one; empty for no adapters.
+    adapters: whether adapters are stored beside the base or merged into it.
+    """
+
+    format_version: Literal[1] = 1
+    model_name: str
+    model_digest: str
+    kept: dict[str, tuple[int, ...]]
+    specs: dict[str, QuantSpec]
+    adapter_ranks: dict[str, int] = {}
+    adapters: Literal["beside", "merged"] = "beside"
+    recovery: Recovery = Recovery()
+    seed: int = 0
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, origin: str = "plan") -> "Plan":
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "the file"
+            raise PlanError(f"{origin} is not a plan: {first['msg']} at {place!r} ({error.error_count()} in all).") from None
+
+    @classmethod
+    def read(cls, path: Path) -> "Plan":
+        if not path.is_file():
+            raise PlanError(f"there is no plan at {path}")
+        return cls.from_json(path.read_text(), origin=str(path))
