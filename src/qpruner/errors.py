@@ -1,6 +1,6 @@
 """What can be wrong with a request. Every message says what was found, where, what is accepted, and what to do.
 
-All of these mean that the request or its input cannot be served (exit status 2). Anything else that is raised is a fault of ours.
+All of these mean that the request or its input cannot be served (exit status 2); whatever else is raised is our fault.
 """
 
 

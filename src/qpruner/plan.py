@@ -1,8 +1,8 @@
 """The values that pass between deciding and doing. No torch, no tensors; everything reads and writes as JSON.
 
-    Budget    a limit, with its unit
-    QuantSpec how one linear layer is stored
-    Plan      everything that will be done to a model
+Budget    a limit, with its unit
+QuantSpec how one linear layer is stored
+Plan      everything that will be done to a model
 """
 
 import json
@@ -113,7 +113,9 @@ class Plan(Value):
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "the file"
-            raise PlanError(f"{origin} is not a plan: {first['msg']} at {place!r} ({error.error_count()} in all).") from None
+            raise PlanError(
+                f"{origin} is not a plan: {first['msg']} at {place!r} ({error.error_count()} in all)."
+            ) from None
 
     @classmethod
     def read(cls, path: Path) -> "Plan":

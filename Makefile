@@ -1,0 +1,29 @@
+# Two commands, each of which does all of its own set-up on a machine with Python 3.11 or 3.12:
+#   make demo    compress the bundled model; the artifact is left in build/demo, the report in build/demo.run/report.html
+#   make test    install what the tests need and run them
+
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+PIP := $(VENV)/bin/pip --disable-pip-version-check
+
+.PHONY: demo test clean
+
+demo: $(VENV)/.installed-all
+	$(VENV)/bin/qpruner demo --output build/demo
+
+test: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest -n 2
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "qpruner needs Python 3.11 or 3.12; name one: make PYTHON=/path/to/python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and by its pinned version, so that no other package's looser range chooses a build.
+$(VENV)/.installed-%: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) install -q "$$(grep '^torch==' constraints.txt)"
+	$(PIP) install -q -c constraints.txt -e '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build

@@ -1,0 +1,156 @@
+"""A recipe: every choice of a method, one field each, with its unit. The files in `recipes/` are published methods."""
+
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from qpruner.errors import RecipeError, listed
+from qpruner.plan import Recovery, Value
+
+Score = Literal["vector", "element-first", "element-second", "element-mixed", "magnitude", "random"]
+Allocation = Literal["uniform", "random", "mutual-information", "sensitivity", "bayesian"]
+
+
+class Recipe(Value):
+    """How a model is compressed.
+
+    Pruning
+        score: importance of a unit; the four Taylor scores are LLM-Pruner's.
+        kept: fraction of the units that stays in each pruned layer, at most.
+        shrink_to_fit: prune below `kept` as far as the budget asks for it.
+        mean_bits: bits per weight that the pruned linears are to have on average when widths are fitted to the budget;
+            what it leaves above the smallest of `bits` is what an allocation can give out.
+        kept_per_layer: `kept` of single layers, by index; these are pruned exactly so, even where protected.
+        layers: first and last-plus-one decoder layer to prune; without it the protected fractions below decide.
+        protect_first, protect_last: fraction of the decoder layers left whole at either end, rounded up.
+        width_grid: kept channels are a multiple of this (or all).
+        selection: `grid`, or `llm-pruner` for that method's own rule of counting, which knows no grid.
+        calibration_windows, window: texts for the scores, and tokens in each.
+    Bits
+        bits: choices for each linear inside the decoder layers; 16 means unquantized.
+        allocation: who decides between them.
+        bit_unit: what shares a choice: a whole decoder layer, or the linears that runtimes fuse (q, k, v; gate, up).
+        information: estimator of the mutual information of a unit's output and the prediction.
+        trials, search_windows: Bayesian optimization, and windows of the search text that each trial is judged on.
+    Recovery
+        adapter_rank: at most; a linear gets no more than 1/32 of its smaller side. 0 for none.
+        adapters: stored beside the base, or merged into it.
+        adapter_alpha, adapter_dropout, loftq_iterations, steps, batch_size, learning_rate, warmup_steps: LoRA from a
+            LoftQ start; the adapters' output is scaled by alpha / rank.
+    Judging
+        evaluation_windows: of held-out text.
+    """
+
+    name: str
+    description: str = ""
+
+    score: Score = "element-mixed"
+    kept: float = Field(default=0.75, gt=0, le=1)
+    shrink_to_fit: bool = True
+    mean_bits: float = Field(default=16, ge=1, le=16)
+    kept_per_layer: dict[int, float] = {}
+    layers: tuple[int, int] | None = None
+    protect_first: float = Field(default=0.125, ge=0, le=1)
+    protect_last: float = Field(default=0.0625, ge=0, le=1)
+    width_grid: int = Field(default=64, ge=1)
+    selection: Literal["grid", "llm-pruner"] = "grid"
+    calibration_windows: int = Field(default=64, ge=1)
+    window: int = Field(default=512, ge=8)
+
+    bits: tuple[Literal[4, 8, 16], ...] = (16,)
+    allocation: Allocation = "uniform"
+    bit_unit: Literal["layer", "projection"] = "projection"
+    information: Literal["gaussian", "binned"] = "gaussian"
+    trials: int = Field(default=32, ge=1)
+    search_windows: int = Field(default=32, ge=1)
+
+    adapter_rank: int = Field(default=8, ge=0)
+    adapters: Literal["beside", "merged"] = "beside"
+    adapter_alpha: float = Field(default=16, gt=0)
+    adapter_dropout: float = Field(default=0.05, ge=0, lt=1)
+    loftq_iterations: int = Field(default=5, ge=0)
+    steps: int = Field(default=100, ge=0)
+    batch_size: int = Field(default=8, ge=1)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    warmup_steps: int = Field(default=10, ge=0)
+
+    evaluation_windows: int = Field(default=200, ge=2)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        if list(self.bits) != sorted(set(self.bits)) or not self.bits:
+            raise ValueError("bits must be different and ascending, for instance [4, 8]")
+        return self
+
+    def recovery(self) -> Recovery:
+        return Recovery(**{key: getattr(self, key) for key in Recovery.model_fields})
+
+    def but(self, changes: dict[str, Any]) -> "Recipe":
+        """The same recipe with some fields changed; its name says which."""
+        if not changes:
+            return self
+        named = ",".join(f"{k}={_plain(v)}" for k, v in changes.items())
+        return parse({**self.model_dump(), **changes, "name": f"{self.name}[{named}]"}, origin=f"recipe {self.name!r}")
+
+
+def _plain(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
+
+
+def parse(fields: Any, *, origin: str) -> Recipe:
+    if not isinstance(fields, dict):
+        raise RecipeError(f"{origin} holds no mapping of keys to values.")
+    unknown = [key for key in fields if key not in Recipe.model_fields]
+    if unknown:
+        raise RecipeError(
+            f"{origin} has unknown key(s): {listed(unknown)}. Accepted: {', '.join(sorted(Recipe.model_fields))}."
+        )
+    try:
+        return Recipe.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the recipe as a whole"
+        raise RecipeError(f"{origin}: {place}: {first['msg']} (found {first['input']!r}).") from None
+
+
+def shipped() -> list[str]:
+    files = resources.files("qpruner") / "recipes"
+    return sorted(f.name.removesuffix(".yaml") for f in files.iterdir() if f.name.endswith(".yaml"))
+
+
+def load(text: str) -> Recipe:
+    """A recipe by name or file, with changes if wanted: `qpruner`, `my.yaml`, `qpruner[allocation=uniform,steps=9]`."""
+    match = re.fullmatch(r"([^\[\]]+)(?:\[(.*)\])?", text.strip())
+    if not match:
+        raise RecipeError(
+            f"{text!r} is no recipe. Accepted: NAME, FILE.yaml, or either with changes: NAME[key=value,key=value]."
+        )
+    name, changes = match[1], match[2] or ""
+    if name in shipped():
+        source = (resources.files("qpruner") / "recipes" / f"{name}.yaml").read_text()
+    elif Path(name).is_file():
+        source = Path(name).read_text()
+    else:
+        raise RecipeError(f"there is no recipe {name!r}. Accepted: {', '.join(shipped())}, or the path of a YAML file.")
+    try:
+        fields = yaml.safe_load(source)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {name!r} is not YAML: {error}") from None
+    if isinstance(fields, dict):
+        fields = {"name": Path(name).stem, **fields}
+    return parse(fields, origin=f"recipe {name!r}").but(changes_of(changes))
+
+
+def changes_of(text: str) -> dict[str, Any]:
+    """`key=value,key=value`, each value read as YAML; commas inside brackets belong to the value."""
+    changes = {}
+    for item in filter(None, re.split(r",(?![^\[{(]*[\])}])", text)):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise RecipeError(f"{item!r} is no change of a recipe. Accepted: key=value.")
+        changes[key.strip()] = yaml.safe_load(value)
+    return changes

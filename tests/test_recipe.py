@@ -1,0 +1,54 @@
+import pytest
+
+from qpruner import recipe
+from qpruner.errors import RecipeError
+
+
+@pytest.mark.parametrize("name", recipe.shipped())
+def test_every_shipped_recipe_is_read(name):
+    found = recipe.load(name)
+    assert found.name == name
+    assert found.description
+
+
+def test_the_papers_recipes_are_there():
+    assert {"qpruner", "llm-pruner"} <= set(recipe.shipped())
+    assert recipe.load("qpruner").allocation == "bayesian"
+    assert recipe.load("llm-pruner").bits == (16,)
+
+
+def test_changes_are_read_as_yaml_and_named():
+    found = recipe.load("qpruner[allocation=uniform,bits=[4, 8],layers=[1, 3],steps=7]")
+    assert (found.allocation, found.bits, found.layers, found.steps) == ("uniform", (4, 8), (1, 3), 7)
+    assert found.name == "qpruner[allocation=uniform,bits=[4, 8],layers=[1, 3],steps=7]"
+    assert recipe.load(found.name) == found
+
+
+def test_a_file_is_read(tmp_path):
+    (tmp_path / "mine.yaml").write_text("kept: 0.5\n")
+    assert recipe.load(str(tmp_path / "mine.yaml")).kept == 0.5
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("nothing", "no recipe 'nothing'.*qpruner"),
+        ("qpruner[colour=blue]", "unknown key.*'colour'.*Accepted.*allocation"),
+        ("qpruner[allocation=best]", "allocation.*bayesian.*'best'"),
+        ("qpruner[kept=1.5]", "kept.*less than or equal to 1"),
+        ("qpruner[bits=[8, 4]]", "ascending"),
+        ("qpruner[steps]", "no change of a recipe"),
+    ],
+)
+def test_bad_recipes_are_refused(text, message):
+    with pytest.raises(RecipeError, match=message):
+        recipe.load(text)
+
+
+def test_a_file_that_is_no_mapping_is_refused(tmp_path):
+    (tmp_path / "list.yaml").write_text("- a\n- b\n")
+    with pytest.raises(RecipeError, match="no mapping"):
+        recipe.load(str(tmp_path / "list.yaml"))
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(RecipeError, match="not YAML"):
+        recipe.load(str(tmp_path / "broken.yaml"))
