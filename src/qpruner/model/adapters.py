@@ -1,0 +1,256 @@
+"""Low-rank adapters beside the linears of a model, in PEFT's classes and PEFT's file format.
+
+PEFT wraps the linears in place: the model stays an instance of its own class, `model.peft_config` appears, and linear X
+becomes a LoRA layer with the original under `X.base_layer`. The functions here take and give the names without that.
+Adapters are float32 in memory, where they are trained, and of a 16-bit dtype on disk.
+
+PEFT is imported where it is called: it imports transformers, and importing transformers may import this module.
+"""
+
+import json
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from qpruner.errors import ModelError, PlanError, listed
+from qpruner.model.packed import PackedLinear
+
+CONFIG_FILE = "adapter_config.json"
+TENSORS_FILE = "adapter_model.safetensors"
+ADAPTER = "default"
+PREFIX = "base_model.model."
+
+
+def inject_adapters_(
+    model: nn.Module, ranks: Mapping[str, int], *, alpha: float, dropout: float, seed: int = 0
+) -> None:
+    """Put an adapter beside every named linear, with scaling alpha / rank; A random, B zero, everything else frozen.
+
+    The global random state is neither read nor changed.
+
+    Raises:
+        PlanError: a name is not a linear of the model, a rank is below 1 or above what the linear can hold, or there
+            are adapters already.
+    """
+    from peft import inject_adapter_in_model
+
+    check_ranks(model, ranks)
+    config = lora_config(ranks, alpha=alpha, dropout=dropout)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # PEFT sets this flag by itself for each layer, and says so for each layer.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    config.target_modules = set(ranks)  # PEFT shortens a long list to suffixes
+    layers = adapter_layers(model)
+    assert {name: layer.r[ADAPTER] for name, layer in layers.items()} == dict(ranks), "PEFT matched other layers"
+    generator = torch.Generator().manual_seed(seed)
+    for layer in layers.values():
+        A, B = factors(layer)
+        start = torch.rand(A.shape, generator=generator).mul_(2).sub_(1).div_(math.sqrt(A.shape[1]))
+        set_factors(layer, start.to(A.device), torch.zeros(B.shape, device=B.device))
+
+
+def check_ranks(model: nn.Module, ranks: Mapping[str, int]) -> None:
+    if not ranks:
+        raise PlanError("no linear gets an adapter; name at least one in adapter_ranks")
+    if adapter_layers(model):
+        raise PlanError("the model has adapters already; merge them before adding others")
+    modules = dict(model.named_modules())
+    strangers = [n for n in ranks if not isinstance(modules.get(n), nn.Linear | Conv1D)]
+    if strangers:
+        raise PlanError(f"the plan gives adapters to what is no linear of the model: {listed(strangers)}")
+    for name, rank in ranks.items():
+        largest = min(features(modules[name]))
+        if not 1 <= rank <= largest:
+            raise PlanError(f"the adapter of {name!r} has rank {rank}; 1 to {largest} fit this linear")
+
+
+def lora_config(ranks: Mapping[str, int], *, alpha: float, dropout: float):
+    """The adapters' configuration. PEFT scales by lora_alpha / r of each layer, so one alpha serves all ranks."""
+    from peft import LoraConfig
+
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    return LoraConfig(
+        r=common,
+        # PEFT reads these as regular expressions that any prefix may precede: escaped and anchored, they are names.
+        rank_pattern={f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common},
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
+        lora_dropout=dropout,
+        target_modules=list(ranks),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def features(linear: nn.Module) -> tuple[int, int]:
+    """(d_out, d_in), whatever way the weight is stored."""
+    if isinstance(linear, Conv1D):
+        d_in, d_out = linear.weight.shape
+        return d_out, d_in
+    return linear.out_features, linear.in_features
+
+
+def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Name of each adapted linear -> PEFT's layer around it."""
+    return {name: m for name, m in model.named_modules() if ADAPTER in getattr(m, "lora_A", ())}
+
+
+def factors(layer: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+
+
+def set_factors(layer: nn.Module, A: Tensor, B: Tensor) -> None:
+    for parameter, value in zip(factors(layer), (A, B), strict=True):
+        parameter.data = value.detach().to(parameter.device, torch.float32, copy=True)
+
+
+def set_adapter_weights_(model: nn.Module, weights: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Give the named adapters their factors A (r, d_in) and B (d_out, r); ModelError where one does not fit."""
+    layers = adapter_layers(model)
+    strangers = [name for name in weights if name not in layers]
+    if strangers:
+        raise ModelError(f"no adapter stands beside {listed(strangers)}; inject adapters first")
+    for name, given in weights.items():
+        shapes = [tuple(p.shape) for p in factors(layers[name])]
+        if [tuple(t.shape) for t in given] != shapes:
+            raise ModelError(
+                f"the adapter of {name!r} has factors of {shapes[0]} and {shapes[1]}, "
+                f"not {tuple(given[0].shape)} and {tuple(given[1].shape)}; was it trained on a model of other widths?"
+            )
+    for name, (A, B) in weights.items():
+        set_factors(layers[name], A, B)
+
+
+def tensor_names(linear: str) -> tuple[str, str]:
+    """Names of A and B in PEFT's file."""
+    return f"{PREFIX}{linear}.lora_A.weight", f"{PREFIX}{linear}.lora_B.weight"
+
+
+def adapter_state(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """The adapters' tensors under PEFT's names, in the dtype of the file."""
+    state = {}
+    for name, layer in adapter_layers(model).items():
+        for key, parameter in zip(tensor_names(name), factors(layer), strict=True):
+            state[key] = parameter.detach().to("cpu", dtype, copy=True).contiguous()
+    return state
+
+
+def base_state(model: nn.Module) -> dict[str, Tensor]:
+    """`model.state_dict()` as it would be without adapters."""
+    layers = tuple(f"{name}." for name in adapter_layers(model))
+    state = {}
+    for key, value in model.state_dict(keep_vars=True).items():
+        owner = next((name for name in layers if key.startswith(name)), None)
+        if owner is None:
+            state[key] = value
+        elif key.startswith(f"{owner}base_layer."):
+            state[owner + key.removeprefix(f"{owner}base_layer.")] = value
+    return state
+
+
+def save_adapters(model: nn.Module, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write adapter_config.json and adapter_model.safetensors: `PeftModel.from_pretrained(model, folder)` reads them.
+
+    The same adapters give the same bytes. ModelError for adapters that change nothing, or are not finite in `dtype`.
+    """
+    state = adapter_state(model, dtype)
+    if not state:
+        raise ModelError("the model has no adapters to save")
+    check_effect(state, "the adapters")
+    config = model.peft_config[ADAPTER].to_dict() | {"inference_mode": True, "base_model_name_or_path": None}
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / TENSORS_FILE, metadata={"format": "pt"})
+    (folder / CONFIG_FILE).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
+
+
+def check_effect(state: Mapping[str, Tensor], what: str) -> None:
+    """Adapters that were saved for other names or never trained load without a word in PEFT (issue 1746)."""
+    if not all(torch.isfinite(t).all() for t in state.values()):
+        raise ModelError(f"{what} have values that are not finite")
+    if not any(t.any() for name, t in state.items() if ".lora_B." in name):
+        raise ModelError(
+            f"{what} change nothing: every B is zero. Train them, start them from LoftQ, or leave them out."
+        )
+
+
+def load_adapters_(model: nn.Module, folder: Path) -> None:
+    """Put the saved adapters beside the linears of a model that has none.
+
+    Raises:
+        ModelError: the folder holds no adapters in PEFT's format; they are for other linears or other widths; they
+            change nothing.
+    """
+    ranks, alpha, dropout, weights = read_adapters(Path(folder))
+    try:
+        inject_adapters_(model, ranks, alpha=alpha, dropout=dropout)
+    except PlanError as error:
+        raise ModelError(f"the adapters in {folder} do not fit the model: {error}") from None
+    set_adapter_weights_(model, weights)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.eval()
+
+
+def read_adapters(folder: Path) -> tuple[dict[str, int], float, float, dict[str, tuple[Tensor, Tensor]]]:
+    """Ranks, alpha, dropout and factors by linear."""
+    for file in (CONFIG_FILE, TENSORS_FILE):
+        if not (folder / file).is_file():
+            raise ModelError(f"there is no {file} in {folder}")
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        state = load_file(folder / TENSORS_FILE)
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise ModelError(f"the adapters in {folder} are damaged: {error}") from None
+    linears = sorted({key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in state})
+    weights = {}
+    for linear in linears:
+        names = tensor_names(linear)
+        if not all(name in state for name in names):
+            raise ModelError(f"the adapters in {folder} have no {listed(n for n in names if n not in state)}")
+        weights[linear] = (state.pop(names[0]), state.pop(names[1]))
+    if state:
+        raise ModelError(f"the adapters in {folder} hold tensors that are no LoRA factors: {listed(state)}")
+    check_effect({tensor_names(n)[1]: B for n, (_, B) in weights.items()}, f"the adapters in {folder}")
+    if (
+        config.get("peft_type") != "LORA"
+        or config.get("alpha_pattern")
+        or config.get("use_rslora")
+        or config.get("use_dora")
+    ):
+        raise ModelError(f"the adapters in {folder} are of a kind that is not supported; plain LoRA with one alpha is")
+    return {n: len(A) for n, (A, _) in weights.items()}, config["lora_alpha"], config["lora_dropout"], weights
+
+
+@torch.no_grad()
+def merge_adapters_(model: nn.Module) -> None:
+    """Add every adapter into its weight and take the adapters away.
+
+    A dense weight is rounded to its dtype once. A packed one is rounded again on its own grid, which undoes part of
+    what the adapter learned.
+    """
+    for name, layer in adapter_layers(model).items():
+        A, B = factors(layer)
+        base = layer.get_base_layer()
+        model.set_submodule(name, merged(base, layer.scaling[ADAPTER] * (B.double() @ A.double())))
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
+def merged(base: nn.Module, correction: Tensor) -> nn.Module:
+    """The linear with `correction`, (d_out, d_in), added."""
+    if isinstance(base, PackedLinear):
+        return PackedLinear.from_weight(base.dequantize(torch.float64) + correction, base.bias, base.spec)
+    added = correction.T if isinstance(base, Conv1D) else correction
+    base.weight.copy_(base.weight.double() + added)
+    return base

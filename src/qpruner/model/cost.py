@@ -1,0 +1,220 @@
+"""Bytes on disk, exactly, from names, shapes and a plan: no tensor is touched.
+
+A tensor is described as `(dtype, shape)`, with the dtype names of safetensors (BF16, F16, F32, U8, I8, ...), so that
+the header of a file, a model on the meta device and a plan's result all read alike.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from qpruner.errors import PlanError, listed
+from qpruner.math.grids import group_count
+from qpruner.model.graph import Graph
+from qpruner.plan import Plan, QuantSpec
+
+TensorSpec = tuple[str, tuple[int, ...]]
+
+# Bytes of one element, in the order in which safetensors lays out a file: it sorts by dtype, then by name.
+ITEMSIZE = {
+    "U64": 8,
+    "I64": 8,
+    "F64": 8,
+    "C64": 8,
+    "F32": 4,
+    "U32": 4,
+    "I32": 4,
+    "BF16": 2,
+    "F16": 2,
+    "U16": 2,
+    "I16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+ORDER = {dtype: i for i, dtype in enumerate(ITEMSIZE)}
+TORCH_NAMES = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+WIDE = ("F32", "F64")
+FILE_METADATA = {"format": "pt"}
+
+
+@dataclass(frozen=True)
+class StoredSize:
+    """Bytes of the tensor files of an artifact.
+
+    linears: weights of the decoder layers' linears, codes and scales. embeddings: matrices outside the decoder layers.
+    other: norms, biases, buffers. adapters: factors stored beside the base. headers: what the files spend on names.
+    """
+
+    linears: int
+    embeddings: int
+    other: int
+    adapters: int
+    headers: int
+
+    @property
+    def total(self) -> int:
+        return self.linears + self.embeddings + self.other + self.adapters + self.headers
+
+
+def named_tensors(model: nn.Module) -> dict[str, TensorSpec]:
+    """What a model stores, every tensor once, also on the meta device.
+
+    Of tied tensors the one that transformers stores is named (`model.embed_tokens`, not `lm_head`), or the first.
+    """
+    state = model.state_dict(keep_vars=True)
+    tied = getattr(model, "all_tied_weights_keys", {})
+    seen, unique = set(), {}
+    for name, tensor in state.items():
+        if id(tensor) in seen or tied.get(name) in state:
+            continue
+        seen.add(id(tensor))
+        unique[name] = (TORCH_NAMES[tensor.dtype], tuple(tensor.shape))
+    return unique
+
+
+def parameter_count(tensors: Mapping[str, TensorSpec]) -> int:
+    return sum(math.prod(shape) for _, shape in tensors.values())
+
+
+def tensor_bytes(tensor: TensorSpec) -> int:
+    dtype, shape = tensor
+    return ITEMSIZE[dtype] * math.prod(shape)
+
+
+def linear_bytes(d_out: int, d_in: int, spec: QuantSpec, dense_itemsize: int = 2) -> int:
+    """Bytes of one linear's weight, codes and scales, without its bias and its share of the header."""
+    return sum(
+        map(tensor_bytes, weight_tensors(d_out, d_in, spec, {2: "BF16", 4: "F32", 8: "F64"}[dense_itemsize]).values())
+    )
+
+
+def weight_tensors(d_out: int, d_in: int, spec: QuantSpec, dense_dtype: str) -> dict[str, TensorSpec]:
+    """Attribute -> tensor, for the weight of one linear as stored."""
+    if spec.bits == 16:
+        return {"weight": (dense_dtype, (d_out, d_in))}
+    codes = ("U8", (d_out, -(-d_in // 2))) if spec.bits == 4 else ("I8", (d_out, d_in))
+    return {"codes": codes, "scales": ("F16", (d_out, group_count(d_in, spec.group_size)))}
+
+
+def kept_shapes(graph: Graph, plan: Plan) -> dict[str, tuple[int, int]]:
+    """(d_out, d_in) of every linear after the cuts."""
+    shapes = {name: [site.d_out, site.d_in] for name, site in graph.linears.items()}
+    for group in graph.groups.values():
+        if cut := sorted(set(range(group.n_units)).difference(plan.kept[group.name])):
+            for axis, tables in enumerate((group.producers, group.consumers)):
+                for name, table in tables.items():
+                    shapes[name][axis] -= table[cut].unique().numel()
+    return {name: (d_out, d_in) for name, (d_out, d_in) in shapes.items()}
+
+
+def stored_tensors(
+    tensors: Mapping[str, TensorSpec], graph: Graph, plan: Plan, dtype: str = "BF16"
+) -> dict[str, TensorSpec]:
+    """The tensors of model.safetensors once the plan is applied to a model that stores `tensors`.
+
+    dtype: what tensors of 32 and 64-bit floats are stored in; those of 16 bits keep theirs.
+    """
+    check_names(graph, plan)
+    stored = {name: (dtype if d in WIDE else d, shape) for name, (d, shape) in tensors.items()}
+    for name, (d_out, d_in) in kept_shapes(graph, plan).items():
+        site, spec = graph.linears[name], plan.specs[name]
+        weight, bias = f"{name}.weight", f"{name}.bias"
+        expected = (site.d_in, site.d_out) if site.transposed else (site.d_out, site.d_in)
+        if weight not in tensors or tensors[weight][1] != expected:
+            found = tensors.get(weight, ("", "no tensor"))[1]
+            raise PlanError(f"{weight!r} is {found}, not {expected}: the graph was made for another model")
+        if spec.bits == 16:
+            stored[weight] = (stored[weight][0], (d_in, d_out) if site.transposed else (d_out, d_in))
+        else:
+            del stored[weight]
+            stored |= {f"{name}.{part}": t for part, t in weight_tensors(d_out, d_in, spec, dtype).items()}
+        if bias in stored:
+            stored[bias] = (stored[bias][0], (d_out,))
+    return stored
+
+
+def check_names(graph: Graph, plan: Plan) -> None:
+    for what, planned, known in (
+        ("group", plan.kept, graph.groups),
+        ("linear", plan.specs, graph.linears),
+        ("linear", plan.adapter_ranks, graph.linears),
+    ):
+        if strangers := sorted(set(planned) - set(known)):
+            raise PlanError(
+                f"plan for {plan.model_name!r} names {len(strangers)} {what}(s) the model does not have: "
+                f"{listed(strangers)}. Was it made for another model?"
+            )
+    for what, planned, known in (("group", plan.kept, graph.groups), ("linear", plan.specs, graph.linears)):
+        if missing := sorted(set(known) - set(planned)):
+            raise PlanError(f"plan for {plan.model_name!r} does not decide {len(missing)} {what}(s): {listed(missing)}")
+
+
+def adapter_tensors(graph: Graph, plan: Plan, dtype: str = "BF16") -> dict[str, TensorSpec]:
+    """The tensors of adapter_model.safetensors, under PEFT's names; none where adapters are merged."""
+    if plan.adapters == "merged":
+        return {}
+    check_names(graph, plan)
+    tensors, shapes = {}, kept_shapes(graph, plan)
+    for name, rank in plan.adapter_ranks.items():
+        d_out, d_in = shapes[name]
+        tensors[f"base_model.model.{name}.lora_A.weight"] = (dtype, (rank, d_in))
+        tensors[f"base_model.model.{name}.lora_B.weight"] = (dtype, (d_out, rank))
+    return tensors
+
+
+def safetensors_size(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = FILE_METADATA) -> int:
+    """Bytes of the file that safetensors writes: 8 for the header's length, the header, the data."""
+    return header_bytes(tensors, metadata) + sum(map(tensor_bytes, tensors.values()))
+
+
+def header_bytes(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = FILE_METADATA) -> int:
+    """The header names offsets, so its length depends on the order of the tensors: by dtype, then by name."""
+    header = {} if metadata is None else {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (ORDER[item[1][0]], item[0])):
+        end = offset + tensor_bytes((dtype, shape))
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-length // 8) * 8
+
+
+def predict_size(tensors: Mapping[str, TensorSpec], graph: Graph, plan: Plan, dtype: str = "BF16") -> StoredSize:
+    """Size of the artifact's tensor files: model.safetensors, and adapter_model.safetensors if there are adapters."""
+    base, adapters = stored_tensors(tensors, graph, plan, dtype), adapter_tensors(graph, plan, dtype)
+    weights = {f"{name}.{part}" for name in graph.linears for part in ("weight", "codes", "scales")}
+    inside = tuple(f"{layer}." for layer in graph.layers)
+    sizes = {"linears": 0, "embeddings": 0, "other": 0}
+    for name, tensor in base.items():
+        matrix_outside = len(tensor[1]) > 1 and not name.startswith(inside)
+        kind = "linears" if name in weights else "embeddings" if matrix_outside else "other"
+        sizes[kind] += tensor_bytes(tensor)
+    return StoredSize(
+        **sizes,
+        adapters=sum(map(tensor_bytes, adapters.values())),
+        headers=header_bytes(base) + (header_bytes(adapters) if adapters else 0),
+    )
