@@ -1,0 +1,51 @@
+"""Facts about a run, then pictures of them: `facts -> charts -> page`."""
+
+from qpruner.report.charts import absent, charts
+from qpruner.report.facts import (
+    AdapterStart,
+    Facts,
+    Importance,
+    Information,
+    Layer,
+    LossPoint,
+    Metric,
+    ProjectionBits,
+    Recovered,
+    ScoreCurve,
+    Search,
+    Sensitivity,
+    Sizes,
+    Stage,
+    Trial,
+    all_warnings,
+    before_after,
+    summarise_scores,
+    title,
+)
+from qpruner.report.page import page, text_table
+
+__all__ = [
+    "AdapterStart",
+    "Facts",
+    "Importance",
+    "Information",
+    "Layer",
+    "LossPoint",
+    "Metric",
+    "ProjectionBits",
+    "Recovered",
+    "ScoreCurve",
+    "Search",
+    "Sensitivity",
+    "Sizes",
+    "Stage",
+    "Trial",
+    "absent",
+    "all_warnings",
+    "before_after",
+    "charts",
+    "page",
+    "summarise_scores",
+    "text_table",
+    "title",
+]
