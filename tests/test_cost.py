@@ -188,6 +188,9 @@ def test_tied_tensors_are_named_once_on_the_meta_device_too():
         assert cost.named_tensors(llama(tied=True)) == real
     assert "model.embed_tokens.weight" in real and "lm_head.weight" not in real
     assert "lm_head.weight" in cost.named_tensors(llama(tied=False))
+    not_tied_yet = llama(tied=True)
+    not_tied_yet.lm_head.weight = nn.Parameter(not_tied_yet.lm_head.weight.detach().clone())
+    assert cost.named_tensors(not_tied_yet) == real
     plain = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
     plain["b"].weight = plain["a"].weight
     assert list(cost.named_tensors(plain)) == ["a.weight", "a.bias", "b.bias"]

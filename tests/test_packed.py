@@ -85,6 +85,20 @@ def test_a_few_tokens_in_bfloat16(rand, shape, spec, tile_weights):
     torch.testing.assert_close(packed(x).double(), expected, rtol=1e-2, atol=0.1)
 
 
+def test_float16_on_a_cpu_is_computed_in_float32(rand):
+    packed = PackedLinear.from_weight(rand(9, 70), rand(9), NF4)
+    x = rand(5, 70).half()
+    assert torch.equal(packed(x), packed(x.float()).half())
+
+
+def test_gradients_of_many_tiles_are_not_rounded_one_by_one(rand, monkeypatch):
+    monkeypatch.setattr(grids, "TILE_WEIGHTS", 16)
+    packed = PackedLinear.from_weight(rand(900, 8).abs(), None, NF4)
+    x = torch.zeros(1, 8, dtype=torch.bfloat16, requires_grad=True)
+    packed(x).sum().backward()  # beyond 512 a bfloat16 sum would stand still
+    torch.testing.assert_close(x.grad[0].double(), packed.dequantize(torch.float64).sum(0), rtol=1e-2, atol=0)
+
+
 def test_float16_sums_may_leave_the_range_of_float16(rand):
     packed = PackedLinear.from_weight(rand(3, 2000).abs(), None, INT8)  # codes sum to about 60 000 times x
     assert torch.isfinite(packed(torch.full((1, 2000), 10.0, dtype=torch.float16))).all()
@@ -207,6 +221,14 @@ def test_adapters_stand_beside_exactly_the_named_linears(rand, make):
     assert list(adapters.base_state(model)) == names
 
 
+def test_a_name_that_ends_another_name_keeps_its_own_rank():
+    linear = lambda: nn.Linear(4, 4)
+    model = nn.ModuleDict({"up": linear(), "outer": nn.ModuleDict({"up": linear(), "down": linear()})})
+    ranks = {"up": 1, "outer.up": 2, "outer.down": 2}
+    adapters.inject_adapters_(model, ranks, alpha=6.0, dropout=0.0)
+    assert {n: len(adapters.factors(layer)[0]) for n, layer in adapters.adapter_layers(model).items()} == ranks
+
+
 @pytest.mark.parametrize("make", MODELS)
 def test_adapters_add_scaling_times_b_a_and_learn(rand, make):
     model, ranks = make()
@@ -235,6 +257,8 @@ def test_saved_adapters_load_here_and_in_plain_peft(rand, make, dtype, tmp_path)
     adapters.save_adapters(ours, tmp_path / "b", dtype)
     for file in (adapters.CONFIG_FILE, adapters.TENSORS_FILE):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    config = json.loads((tmp_path / "a" / adapters.CONFIG_FILE).read_text())
+    assert config["target_modules"] == sorted(ranks)
     theirs = PeftModel.from_pretrained(make()[0], str(tmp_path / "a"))
     assert torch.equal(logits(theirs), logits(ours))
     assert not torch.allclose(logits(ours), logits(make()[0]))
