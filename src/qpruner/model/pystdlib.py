@@ -16,6 +16,12 @@ from pathlib import Path
 
 NOT_SOURCE = {"site-packages", "dist-packages", "__pycache__", "encodings", "lib2to3", "idlelib", "turtledemo"}
 HELDOUT_FILE = "heldout_modules.json"
+BUNDLED_NAME = "pystdlib-5M"
+
+
+def bundled_folder() -> Path:
+    """The folder of the model that ships inside this package."""
+    return Path(__file__).resolve().parents[1] / "bundled" / BUNDLED_NAME
 
 
 def stdlib_root() -> Path:

@@ -1,0 +1,132 @@
+"""Documents from files: plain text, JSON lines, parquet."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from qpruner.errors import CorpusError, MissingExtraError, listed
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+
+ALPACA = (
+    "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the "
+    "request.\n\n### Instruction:\n{instruction}\n\n{context}### Response:\n{output}"
+)
+ALPACA_PAIRED = ", paired with an input that provides further context"
+
+
+def read_documents(path: Path) -> list[str]:
+    """The documents of a file that hold more than blanks: a `.txt` is one, elsewhere every row is one.
+
+    A row has its text in `text`, or is an instruction with its answer (`instruction`, `input`, `output`: the Alpaca
+    template), or has one string and nothing else that is one.
+
+    Raises:
+        CorpusError: the file is absent, empty, unreadable, of another kind, or has no usable row.
+        MissingExtraError: a parquet file, and pyarrow is not installed.
+    """
+    if not path.exists():
+        raise CorpusError(f"there is no text file at {path}. Accepted: {', '.join(SUFFIXES)}.")
+    if not path.is_file():
+        raise CorpusError(f"{path} is a folder, not a text file. Name one file: {', '.join(SUFFIXES)}.")
+    suffix = next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
+    if suffix is None:
+        raise CorpusError(f"{path.name} is of no known kind of text file. Accepted: {', '.join(SUFFIXES)}, in UTF-8.")
+    if path.stat().st_size == 0:
+        raise CorpusError(f"{path} is empty (0 bytes). Give a file with text in it.")
+    if suffix == ".txt":
+        documents = [_decoded(_bytes(path), path)]
+    elif suffix == ".parquet":
+        documents = _parquet_documents(path)
+    else:
+        documents = _json_documents(path)
+    usable = [document for document in documents if document.strip()]
+    if not usable:
+        raise CorpusError(f"{path} holds no text: every {'line' if suffix == '.txt' else 'row'} of it is blank.")
+    return usable
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise CorpusError(f"{path} is not a whole gzip file ({error}). Fetch or compress it again.") from error
+    except OSError as error:
+        raise CorpusError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _decoded(content: bytes, path: Path) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CorpusError(
+            f"{path} is not UTF-8 text: byte 0x{content[error.start]:02x} at position {error.start:,} is not valid. "
+            "Convert it, for instance with `iconv -t UTF-8`."
+        ) from error
+
+
+def _json_documents(path: Path) -> Iterator[str]:
+    for number, line in enumerate(_decoded(_bytes(path), path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise CorpusError(
+                f"{path}, line {number}: not JSON ({error.msg}). Every line must be one object."
+            ) from error
+        if not isinstance(row, dict):
+            raise CorpusError(f"{path}, line {number}: a {type(row).__name__}, not an object with a `text` field.")
+        yield _row_text(row, f"{path}, line {number}")
+
+
+def _parquet_documents(path: Path) -> Iterator[str]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingExtraError(
+            f"reading {path.name} needs pyarrow: pip install 'qpruner[parquet]', or convert the file to .jsonl."
+        ) from error
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            fields = {field.name: pyarrow.types.is_string(field.type) or pyarrow.types.is_large_string(field.type)
+                      for field in file.schema_arrow}  # fmt: skip
+            wanted = ["text"] if "text" in fields else [name for name, is_string in fields.items() if is_string]
+            if not wanted:
+                raise CorpusError(f"{path} has no column of text. Found: {listed(fields)}. Accepted: a column `text`.")
+            for batch in file.iter_batches(columns=wanted):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield _row_text(row, f"{path}, row {number}")
+    except (pyarrow.ArrowException, OSError) as error:
+        message = str(error).splitlines()[0]
+        raise CorpusError(f"{path} is not a readable parquet file: {message}. Fetch it again.") from error
+
+
+def _row_text(row: dict, place: str) -> str:
+    """The text of one row; blank where the row has the field and nothing in it."""
+    if "text" in row:
+        return _string(row["text"], "text", place)
+    if "instruction" in row and "output" in row:
+        field = {name: _string(row.get(name), name, place) for name in ("instruction", "input", "output")}
+        paired, context = (ALPACA_PAIRED, f"### Input:\n{field['input']}\n\n") if field["input"] else ("", "")
+        return ALPACA.format(paired=paired, context=context, instruction=field["instruction"], output=field["output"])
+    strings = [name for name, value in row.items() if isinstance(value, str)]
+    if len(strings) == 1:
+        return row[strings[0]]
+    raise CorpusError(
+        f"{place}: no field to take the text from. Found: {listed(row) or 'nothing'}. Accepted: `text`; "
+        "`instruction` and `output` (and `input`); or a single string."
+    )
+
+
+def _string(value: object, field: str, place: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise CorpusError(f"{place}: `{field}` is a {type(value).__name__}, not a string.")
+    return value
