@@ -1,0 +1,48 @@
+"""Whether a plan can be carried out on a model; refused here, with a sentence, before anything is touched."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from qpruner.errors import PlanError, listed
+from qpruner.model.graph import Graph
+from qpruner.plan import Plan
+
+
+def check_plan(plan: Plan, graph: Graph) -> None:
+    """Raises PlanError unless the plan decides every group and every linear of the graph, and nothing else."""
+    origin = f"plan for {plan.model_name!r}"
+    check_kept(graph, plan.kept, origin=origin)
+    _check_names(plan.specs, graph.linears, origin, "linear", "needs a spec, of 16 bits where it stays as it is")
+    _check_known(plan.adapter_ranks, graph.linears, origin, "linear")
+    if wrong := [name for name, rank in plan.adapter_ranks.items() if rank < 1]:
+        raise PlanError(
+            f"{origin} gives an adapter of rank below 1 to {listed(wrong)}. Ranks start at 1; leave out a linear "
+            "that gets no adapter."
+        )
+
+
+def check_kept(graph: Graph, kept: Mapping[str, Sequence[int]], *, origin: str = "plan") -> None:
+    """Raises PlanError unless `kept` names every group with ascending units that it has, one at least."""
+    _check_names(kept, graph.groups, origin, "group", "needs its kept units, all of them where nothing is removed")
+    for name, units in kept.items():
+        n = graph.groups[name].n_units
+        place = f"{origin}, group {name!r}"
+        if not len(units):
+            raise PlanError(f"{place}: keeps no unit. At least one of its {n} has to stay.")
+        if beyond := [u for u in units if not 0 <= u < n]:
+            raise PlanError(f"{place}: keeps unit(s) {listed(beyond)}, but the units are numbered 0 to {n - 1}.")
+        if any(a >= b for a, b in zip(units, units[1:], strict=False)):
+            raise PlanError(f"{place}: the kept units are not in ascending order, each once. Sort them.")
+
+
+def _check_names(found: Iterable[str], expected: Iterable[str], origin: str, what: str, needs: str) -> None:
+    _check_known(found, expected, origin, what)
+    if missing := [name for name in expected if name not in found]:
+        raise PlanError(f"{origin} leaves out {len(missing)} {what}(s) of the model: {listed(missing)}. Each {needs}.")
+
+
+def _check_known(found: Iterable[str], expected: Iterable[str], origin: str, what: str) -> None:
+    if unknown := [name for name in found if name not in expected]:
+        raise PlanError(
+            f"{origin} names {len(unknown)} {what}(s) the model does not have: {listed(unknown)}. "
+            "Was it made for another model?"
+        )

@@ -1,0 +1,65 @@
+"""A model's shape without its weights, and the places in it that everything else names.
+
+Nothing here knows a model family: decoder layers are found by their number, linear layers by their two widths.
+"""
+
+import copy
+
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from qpruner.errors import ModelError
+from qpruner.model.graph import LinearSite
+
+
+def build_skeleton(config: PreTrainedConfig) -> nn.Module:
+    """The causal language model of a configuration, parameters on the meta device, buffers (rotary tables) real.
+
+    The configuration is copied; what is built holds the copy.
+    """
+    from transformers import AutoModelForCausalLM  # its import registers our loader, which imports this module
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    except ValueError as error:
+        raise ModelError(f"{config.model_type!r} cannot be built as a causal language model: {error}") from error
+    return model.eval()
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, ...]:
+    """Module paths of the decoder layers, in order: the children of the list that has one entry per hidden layer."""
+    expected = model.config.get_text_config(decoder=True).num_hidden_layers
+    lists = {
+        name: sum(linear_dims(m) is not None for m in module.modules())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == expected
+    }
+    if not lists or not max(lists.values()):
+        raise ModelError(
+            f"{type(model).__name__} has no list of {expected} decoder layers, the number its configuration gives. "
+            "qpruner needs a decoder language model that keeps its layers in one nn.ModuleList."
+        )
+    path = max(lists, key=lists.get)  # lists of norms or caches hold no linears; an enclosing list comes first
+    return tuple(f"{path}.{i}" for i in range(expected))
+
+
+def linear_dims(module: nn.Module) -> tuple[int, int] | None:
+    """(d_out, d_in) of a linear layer, stored in whatever way; None for any other module."""
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    dims = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    return dims if all(isinstance(d, int) for d in dims) else None
+
+
+def linear_sites(model: nn.Module) -> dict[str, LinearSite]:
+    """Every linear inside the decoder layers, in the model's order."""
+    sites = {}
+    for i, path in enumerate(decoder_layers(model)):
+        for name, module in model.get_submodule(path).named_modules(prefix=path):
+            if dims := linear_dims(module):
+                bias = getattr(module, "bias", None) is not None
+                sites[name] = LinearSite(name, i, *dims, bias=bias, transposed=isinstance(module, Conv1D))
+    return sites

@@ -1,0 +1,326 @@
+import random
+import time
+
+import pytest
+import torch
+from tiny import TINY, tiny, tiny_config
+from torch import nn
+from transformers import LlamaConfig
+
+from qpruner.errors import ModelError
+from qpruner.model.coupling import join, join_columns
+from qpruner.model.discover import discover
+from qpruner.model.graph import Graph
+from qpruner.model.probe import TOKENS
+from qpruner.model.skeleton import build_skeleton, decoder_layers
+
+LLAMA_7B = dict(
+    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+)
+
+
+def as_values(graph: Graph) -> tuple:
+    """A graph with lists for tensors, to compare whole."""
+    groups = [
+        (
+            g.name,
+            g.layer,
+            g.kind,
+            g.module,
+            *({k: v.tolist() for k, v in s.items()} for s in (g.producers, g.consumers)),
+        )
+        for g in graph.groups.values()
+    ]
+    return graph.layers, graph.linears, groups, graph.projections, graph.unreached, graph.notes
+
+
+def of_layer(graph: Graph, layer: int) -> dict:
+    return {g.kind: g for g in graph.groups.values() if g.layer == layer}
+
+
+def heads(numbers, width: int) -> list[int]:
+    return [h * width + i for h in numbers for i in range(width)]
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_every_layer_has_the_kv_groups_and_channels_of_its_configuration(family):
+    graph = discover(tiny(family))
+    for layer in range(3):
+        found = {kind: g.n_units for kind, g in of_layer(graph, layer).items()}
+        assert found == {"kv_group": TINY[family]["kv_groups"], "channel": TINY[family]["channels"]}
+    assert len(graph.groups) == 6 and not graph.unreached and not graph.notes
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_every_row_and_column_of_a_group_is_in_one_unit(family):
+    graph = discover(tiny(family))
+    for g in graph.groups.values():
+        for name, table in g.producers.items():
+            assert table.flatten().sort()[0].tolist() == list(range(graph.linears[name].d_out))
+        for name, table in g.consumers.items():
+            assert table.flatten().sort()[0].tolist() == list(range(graph.linears[name].d_in))
+
+
+@pytest.mark.parametrize("family, n_kv, d", [("llama", 2, 6), ("qwen3", 3, 8)])
+def test_a_kv_group_is_a_key_and_value_head_with_the_query_heads_that_share_it(family, n_kv, d):
+    attention = of_layer(discover(tiny(family)), 1)["kv_group"]
+    path = "model.layers.1.self_attn"
+    assert attention.name == attention.module == path
+    queries = [heads((2 * g, 2 * g + 1), d) for g in range(n_kv)]
+    keys = [heads([g], d) for g in range(n_kv)]
+    tables = {name: t.tolist() for name, t in attention.producers.items()}
+    assert tables == {f"{path}.q_proj": queries, f"{path}.k_proj": keys, f"{path}.v_proj": keys}
+    assert {name: t.tolist() for name, t in attention.consumers.items()} == {f"{path}.o_proj": queries}
+
+
+def test_fused_projections_are_taken_apart():
+    phi3 = of_layer(discover(tiny("phi3")), 0)
+    (rows,) = phi3["kv_group"].producers.values()  # four query heads, two keys, two values, of 6
+    assert rows.tolist() == [heads((2 * g, 2 * g + 1, 4 + g, 6 + g), 6) for g in range(2)]
+    (rows,) = phi3["channel"].producers.values()
+    assert rows.tolist() == [[u, 40 + u] for u in range(40)]
+    (rows,) = of_layer(discover(tiny("gpt_neox")), 0)["kv_group"].producers.values()  # q, k, v head by head
+    assert rows.tolist() == [heads([g], 18) for g in range(4)]
+    (rows,) = of_layer(discover(tiny("gpt2")), 0)["kv_group"].producers.values()
+    assert rows.tolist() == [heads((g, 4 + g, 8 + g), 6) for g in range(4)]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_asking_blocks_first_finds_the_components_that_asking_every_column_finds(seed):
+    """Columns of hidden components in random order, as one unaligned block after another, or fully interleaved."""
+    rng = random.Random(seed)
+    n_rows, n_columns, n_parts = rng.randint(1, 150), rng.randint(1, 300), rng.randint(1, 40)
+    row_part, column_part = ([rng.randrange(n_parts) for _ in range(n)] for n in (n_rows, n_columns))
+    if seed % 2:
+        column_part.sort()
+    g = torch.Generator().manual_seed(seed)
+    same = torch.tensor(row_part)[:, None] == torch.tensor(column_part)
+    matrix = torch.randn(n_rows, n_columns, generator=g) * same * (torch.rand(n_rows, n_columns, generator=g) < 0.5)
+    leaf = torch.randn(1, TOKENS, n_rows, generator=g).requires_grad_()
+
+    label, witness = join_columns(leaf @ matrix, {"leaf": leaf}, torch.arange(n_rows), torch.arange(n_rows), g)
+
+    parent = list(range(n_rows))
+
+    def root(i):
+        return i if parent[i] == i else root(parent[i])
+
+    for column in range(n_columns):
+        rows = matrix[:, column].nonzero().flatten().tolist()
+        for a in rows:
+            low, high = sorted((root(rows[0]), root(a)))
+            parent[high] = low
+    assert label.tolist() == [root(i) for i in range(n_rows)]
+    reached = [matrix[:, c].nonzero().flatten().tolist() for c in range(n_columns)]
+    assert all((w < 0 and not rows) or w in rows for w, rows in zip(witness.tolist(), reached, strict=True))
+
+
+def test_joining_in_any_order_gives_the_same_labels():
+    g = torch.Generator().manual_seed(0)
+    left, right = torch.randint(40, (60,), generator=g), torch.randint(80, (60,), generator=g)
+    at_once = join(torch.arange(80), left, right)
+    one_by_one = torch.arange(80)
+    for column in left.unique().flip(0):
+        rows = right[left == column]
+        one_by_one = join(one_by_one, torch.zeros_like(rows), rows)
+    assert torch.equal(at_once, one_by_one)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_the_model_and_the_random_state_are_untouched(family):
+    model = tiny(family, dtype=torch.bfloat16).train()
+    model.config._attn_implementation = "sdpa"
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    modules = {name: dict(vars(m)) for name, m in model.named_modules()}
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    discover(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.config._attn_implementation == "sdpa" and all(m.training for m in model.modules())
+    assert all(torch.equal(t, state[name]) and t.dtype == state[name].dtype for name, t in model.state_dict().items())
+    for name, m in model.named_modules():
+        assert vars(m).keys() == modules[name].keys()
+        assert not m._forward_hooks and not m._forward_pre_hooks
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_model_that_draws_random_numbers_does_not_move_the_random_state():
+    model = Toy(lambda layer, x: x + layer.down(layer.up(x) * (1 + torch.rand(1))))
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    discover(model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_the_graph_does_not_depend_on_the_weights_nor_on_having_them(family):
+    expected = as_values(discover(build_skeleton(tiny_config(family))))
+    with torch.inference_mode():
+        assert as_values(discover(tiny(family, dtype=torch.float16))) == expected
+    zero = tiny(family, seed=1)
+    for parameter in zero.parameters():
+        parameter.data.zero_()
+    assert as_values(discover(zero)) == expected
+
+
+def test_what_is_fused_at_run_time_is_one_projection():
+    graph = discover(tiny("llama"))
+    names = [p.name.removeprefix("model.layers.2.") for p in graph.projections if p.layer == 2]
+    assert names == ["self_attn.q_proj+k_proj+v_proj", "self_attn.o_proj", "mlp.gate_proj+up_proj", "mlp.down_proj"]
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_every_linear_is_in_one_projection(family):
+    graph = discover(tiny(family))
+    assert sorted(name for p in graph.projections for name in p.linears) == sorted(graph.linears)
+    assert all(graph.linears[name].layer == p.layer for p in graph.projections for name in p.linears)
+
+
+def test_two_halves_that_read_the_same_norm_are_two_projections():
+    graph = discover(tiny("falcon", multi_query=False, parallel_attn=True, new_decoder_architecture=False))
+    assert [p.linears for p in graph.projections if len(p.linears) > 1] == []
+
+
+def test_groups_around_a_whole_layer_are_named_after_their_consumer():
+    names = [g.name for g in discover(tiny("opt")).groups.values() if g.layer == 0]
+    assert names == ["model.decoder.layers.0.self_attn", "model.decoder.layers.0.fc2"]
+    assert discover(tiny("opt")).groups[names[1]].module == "model.decoder.layers.0"
+
+
+@pytest.mark.parametrize("family, over", [("olmo2", {}), ("falcon", dict(multi_query=True))])
+def test_attention_that_a_norm_or_a_single_key_head_ties_together_is_one_unit(family, over):
+    graph = discover(tiny(family, **over))
+    attention = of_layer(graph, 0)["kv_group"]
+    assert attention.n_units == 1 and of_layer(graph, 0)["channel"].n_units > 1
+    assert len(graph.notes) == 1
+    assert f"'{attention.name.rpartition('.')[2]}'" in graph.notes[0]
+    assert "one indivisible unit and never pruned (in decoder layers 0-" in graph.notes[0]
+
+
+def test_values_per_head_that_cannot_be_cut_keep_the_heads_together():
+    experts = dict(num_local_experts=2, num_experts_per_tok=1, head_dim=8)
+    graph = discover(tiny("gpt_oss", dtype=torch.float32, **experts))
+    assert of_layer(graph, 1)["kv_group"].n_units == 1
+    assert "'self_attn': its units have values of their own in 'self_attn.sinks', which cannot be cut" in graph.notes[0]
+    assert "'mlp.experts.gate_up_proj'" in graph.notes[1] and "neither pruned nor quantized" in graph.notes[1]
+
+
+def test_experts_too_large_to_be_filled_still_run_and_are_named():
+    experts = dict(num_local_experts=2, num_experts_per_tok=1, hidden_size=1024, intermediate_size=1200)
+    graph = discover(build_skeleton(tiny_config("mixtral", num_hidden_layers=1, **experts)))
+    assert [g.n_units for g in graph.groups.values()] == [2]
+    assert "'mlp.experts.gate_up_proj', 'mlp.experts.down_proj': of no linear layer, so neither" in graph.notes[0]
+
+
+class ToyLayer(nn.Module):
+    def __init__(self, steps):
+        super().__init__()
+        self.steps = steps
+        self.up, self.side, self.down = nn.Linear(6, 6), nn.Linear(6, 4), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.steps(self, x)
+
+
+class Toy(nn.Module):
+    """A decoder of one layer, which a test writes as a function of the layer and of its input of width 6."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.config = LlamaConfig(num_hidden_layers=1)
+        self.embeddings = nn.Embedding(5, 6)
+        self.layers = nn.ModuleList([ToyLayer(steps)])
+
+    def get_input_embeddings(self):
+        return self.embeddings
+
+    def forward(self, inputs_embeds, use_cache=False):
+        return self.layers[0](inputs_embeds)
+
+
+def test_units_of_unequal_size_are_one_unit():
+    def steps(layer, x):
+        u = layer.up(x)
+        return x + layer.down(torch.cat([u[..., :1] * u[..., 1:2], u[..., 2:], u[..., :1]], -1))
+
+    graph = discover(Toy(steps))
+    (group,) = graph.groups.values()
+    assert group.name == "layers.0.down" and group.kind == "channel"
+    assert group.producers["layers.0.up"].tolist() == [[0, 1, 2, 3, 4, 5]] and group.n_units == 1
+    assert "'down': its 5 units are of unequal size, so it is one indivisible unit" in graph.notes[0]
+
+
+def test_rows_that_nothing_reads_and_columns_that_read_no_row_are_in_no_unit():
+    graph = discover(Toy(lambda layer, x: x + layer.down(torch.cat([layer.up(x)[..., :5], x[..., :1]], -1))))
+    (group,) = graph.groups.values()
+    assert (
+        group.producers["layers.0.up"].tolist() == group.consumers["layers.0.down"].tolist() == [[i] for i in range(5)]
+    )
+    assert graph.unreached == {"layers.0.up": (5,)}
+    assert "1 row(s) of 'up' reach no other linear of the layer and are never removed" in graph.notes[0]
+    assert "'side': not used for the few tokens of the probe" in graph.notes[1]
+
+
+@pytest.mark.parametrize("activation", [torch.relu, lambda u: torch.relu(-u) ** 2, torch.sigmoid, torch.abs])
+def test_no_channel_is_silent_under_a_rectifier(activation):
+    graph = discover(Toy(lambda layer, x: x + layer.down(activation(layer.up(x)))))
+    assert [g.n_units for g in graph.groups.values()] == [6] and not graph.unreached
+
+
+def test_a_linear_that_also_writes_to_the_residual_stream_is_no_producer():
+    def steps(layer, x):
+        u = layer.up(x)
+        return x + u + layer.down(u)
+
+    assert not discover(Toy(steps)).groups
+
+
+def test_a_weight_that_is_read_without_its_linear_couples_everything():
+    def steps(layer, x):
+        return x + layer.down(nn.functional.linear(torch.relu(layer.side(x)), layer.up.weight[:, :4]))
+
+    (group,) = discover(Toy(steps)).groups.values()
+    assert group.n_units == 1 and group.producers.keys() == {"layers.0.side"}
+    assert not discover(Toy(lambda layer, x: nn.functional.linear(layer.up(x), layer.down.weight))).groups
+
+
+@pytest.mark.parametrize(
+    "steps, message",
+    [
+        (lambda layer, x: layer.up(layer.up(x)), "'layers.0.up' is used more than once in a forward pass"),
+        (lambda layer, x: layer.down((layer.up(x) * 0).sqrt()), "an infinite or undefined derivative"),
+        (lambda layer, x: layer.up(x).view(7), "Toy does not run on input embeddings, .* shape .* is invalid"),
+    ],
+)
+def test_what_cannot_be_probed_is_refused(steps, message):
+    with pytest.raises(ModelError, match=message):
+        discover(Toy(steps))
+
+
+def test_a_model_without_decoder_layers_or_without_buffers_is_refused():
+    model = tiny("llama")
+    model.config.num_hidden_layers = 7
+    with pytest.raises(ModelError, match="LlamaForCausalLM has no list of 7 decoder layers"):
+        decoder_layers(model)
+    with pytest.raises(ModelError, match="is on the meta device. Build the model with build_skeleton"):
+        discover(tiny("llama").to("meta"))
+    with pytest.raises(ModelError, match="'t5' cannot be built as a causal language model"):
+        build_skeleton(tiny_config("t5", num_hidden_layers=2))
+
+
+def test_a_skeleton_has_no_weights_and_real_buffers():
+    config = tiny_config("llama")
+    skeleton, real = build_skeleton(config), tiny("llama")
+    assert all(p.is_meta for p in skeleton.parameters())
+    expected = dict(real.named_buffers())
+    for name, buffer in skeleton.named_buffers():
+        torch.testing.assert_close(buffer, expected[name].float())
+    assert {n: p.shape for n, p in skeleton.named_parameters()} == {n: p.shape for n, p in real.named_parameters()}
+    assert skeleton.config is not config
+
+
+def test_a_model_of_seven_billion_parameters_takes_seconds():
+    start = time.process_time()
+    graph = discover(build_skeleton(LlamaConfig(**LLAMA_7B)))
+    assert time.process_time() - start < 20  # about one on a free core
+    assert {g.n_units for g in graph.groups.values()} == {32, 11008} and len(graph.groups) == 64
