@@ -1,0 +1,132 @@
+"""What the loss would lose with a unit, by its Taylor expansion in the weights (LLM-Pruner).
+
+Notation
+    W      weight of a linear map, y = x @ W.T                       (d_out, d_in)
+    G      gradient of the mean loss with respect to W               (d_out, d_in)
+    g      gradient of the loss of one sample, G = mean of g         (d_out, d_in)
+    F      empirical Fisher diagonal, mean over samples of g * g     (d_out, d_in)
+    dim    the dimension summed over: 1 leaves one number per row (an output that may go), 0 one per column
+    n      what is left: d_out for dim 1, d_in for dim 0
+
+What has to be kept while samples stream by, for one matrix:
+
+    vector           `first_order(W, g)` of each sample, n numbers: linear in g, the modulus comes last
+    element-second   `second_order(W, g)` of each sample, n numbers: linear in F
+    element-first    G whole: the modulus is taken weight by weight, after the mean
+    element-mixed    G and F whole, for the same reason
+
+so the first two never need a tensor of the size of the weight beyond the gradient of the sample at hand. Everything is
+computed in float32 at least: in half precision g * g underflows to zero and the second order silently vanishes.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def first_order(
+    W: Float[Tensor, "d_out d_in"], g: Float[Tensor, "d_out d_in"], *, dim: Literal[0, 1]
+) -> Float[Tensor, " n"]:
+    """sum w g, signed: linear in g, so the mean over samples of this is this of the mean gradient."""
+    return (_wide(W) * _wide(g)).sum(dim)
+
+
+def second_order(
+    W: Float[Tensor, "d_out d_in"], g: Float[Tensor, "d_out d_in"], *, dim: Literal[0, 1]
+) -> Float[Tensor, " n"]:
+    """sum w^2 g^2 of one sample: its mean over samples is `element_second` of F, which need not be stored.
+
+    The gradient has to be that of one sample: the square of a batch's mean gradient is another, smaller quantity.
+    """
+    return (_wide(W) * _wide(g)).square().sum(dim)
+
+
+def vector(
+    W: Float[Tensor, "d_out d_in"],
+    G: Float[Tensor, "d_out d_in"],
+    F: Float[Tensor, "d_out d_in"] | None = None,
+    *,
+    dim: Literal[0, 1],
+) -> Float[Tensor, " n"]:
+    """|sum w g|: the first-order change when the whole row or column goes at once. F is not used.
+
+    The same as the modulus of the mean over samples of `first_order`.
+
+    Source: arXiv:2305.11627, "Vector".
+    """
+    return first_order(W, G, dim=dim).abs()
+
+
+def element_first(
+    W: Float[Tensor, "d_out d_in"],
+    G: Float[Tensor, "d_out d_in"],
+    F: Float[Tensor, "d_out d_in"] | None = None,
+    *,
+    dim: Literal[0, 1],
+) -> Float[Tensor, " n"]:
+    """sum |w g|. Needs G, the mean over all samples, weight by weight; F is not used.
+
+    Source: arXiv:2305.11627, "Element^1".
+    """
+    return (_wide(W) * _wide(G)).abs().sum(dim)
+
+
+def element_second(
+    W: Float[Tensor, "d_out d_in"],
+    G: Float[Tensor, "d_out d_in"] | None,
+    F: Float[Tensor, "d_out d_in"],
+    *,
+    dim: Literal[0, 1],
+) -> Float[Tensor, " n"]:
+    """sum w^2 F. Linear in F: the same as the mean over samples of `second_order`; G is not used."""
+    return (_wide(W).square() * _wide(F)).sum(dim)
+
+
+def element_mixed(
+    W: Float[Tensor, "d_out d_in"],
+    G: Float[Tensor, "d_out d_in"],
+    F: Float[Tensor, "d_out d_in"],
+    *,
+    dim: Literal[0, 1],
+) -> Float[Tensor, " n"]:
+    """sum |w g - 1/2 w^2 F|. Needs G and F weight by weight.
+
+    The loss without a weight is L(w) - g w + 1/2 h w^2, with h read off F; hence the minus between the two terms.
+
+    Source: arXiv:2305.11627, "Element^2".
+    """
+    first, W = _wide(W) * _wide(G), _wide(W)
+    return (first - 0.5 * W.square() * _wide(F)).abs().sum(dim)
+
+
+SALIENCES: dict[str, Callable[..., Tensor]] = {
+    "vector": vector,
+    "element-first": element_first,
+    "element-second": element_second,
+    "element-mixed": element_mixed,
+}
+
+
+def unit_scores(
+    vectors: Sequence[Float[Tensor, " _n"]], tables: Sequence[Int[Tensor, "units _k"]]
+) -> Float[Tensor, " units"]:
+    """One score per unit: over the matrices of a group, the sum of the entries that belong to the unit.
+
+    With the tables of a `Group` every query head is credited to the key/value head that it shares, wherever it lies.
+
+    Args:
+        vectors: per-row saliences of the producers and per-column saliences of the consumers.
+        tables: row u holds the indices of unit u into the vector of the same position.
+    Raises:
+        ValueError: not one table for each vector, or none.
+    """
+    if len(vectors) != len(tables) or not vectors:
+        raise ValueError(f"{len(vectors)} vectors and {len(tables)} index tables: one of each per matrix, at least one")
+    return torch.stack([v[table].sum(1) for v, table in zip(vectors, tables, strict=True)]).sum(0)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
