@@ -3,9 +3,9 @@
     python scripts/train_bundled.py --out DIR --minutes 60 --stdlib LIB [LIB ...]
 
 Text: every `--stdlib` folder (the running interpreter's by default; give several versions for more text), without the
-modules of heldout_modules.json and their tests; 40-line chunks that were seen before are dropped. Muon for the matrices,
-AdamW for the embedding and the norms, one warm-up and a linear decay to zero. The decay follows the clock, so
-that a run always ends well whatever else the machine is doing; the number of tokens it reached is written to training.json.
+modules of heldout_modules.json and their tests; 40-line chunks seen before are dropped. Muon for the matrices,
+AdamW for the embedding and the norms, a warm-up and a linear decay to zero. The decay follows the clock, so that a run
+always ends well whatever else the machine is doing; the number of tokens it reached is written to training.json.
 """
 
 import argparse
@@ -61,7 +61,9 @@ def optimizers(model, rate: float) -> list[torch.optim.Optimizer]:
     ]
 
 
-def train(model, stream: torch.Tensor, bos: int, *, minutes: float, batch: int, length: int, rate: float, seed: int) -> int:
+def train(
+    model, stream: torch.Tensor, bos: int, *, minutes: float, batch: int, length: int, rate: float, seed: int
+) -> int:
     """Train in place until the clock says so; returns the number of tokens seen."""
     generator = torch.Generator().manual_seed(seed)
     steppers = optimizers(model, rate)
@@ -124,7 +126,7 @@ def main() -> None:
         minutes=args.minutes, batch=args.batch, length=511, rate=args.rate, seed=args.seed,
     )  # fmt: skip
     model.eval()
-    model.to(torch.float16).save_pretrained(args.out)
+    model.to(torch.bfloat16).save_pretrained(args.out)
     after = window_loss(model.float(), evaluation, tokenizer.bos_token_id)
     facts = dict(
         tokens_before=8_000_000, tokens=n_tokens, distinct_tokens=len(stream), minutes=args.minutes, seed=args.seed,

@@ -8,7 +8,7 @@ import hashlib
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -191,6 +191,10 @@ class Windows:
     corpus_name: str
     corpus_digest: str
     seed: int | None = None
+
+    def first(self, n: int) -> "Windows":
+        """At most n of them, from the start."""
+        return replace(self, ids=self.ids[:n], covered_bytes=self.covered_bytes[:n])
 
     @property
     def n_tokens_predicted(self) -> int:

@@ -6,8 +6,8 @@ the header of a file, a model on the meta device and a plan's result all read al
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
@@ -79,6 +79,9 @@ class StoredSize:
     def total(self) -> int:
         return self.linears + self.embeddings + self.other + self.adapters + self.headers
 
+    def parts(self) -> dict[str, int]:
+        return asdict(self)
+
 
 def named_tensors(model: nn.Module) -> dict[str, TensorSpec]:
     """What a model stores, every tensor once, also on the meta device.
@@ -120,11 +123,11 @@ def weight_tensors(d_out: int, d_in: int, spec: QuantSpec, dense_dtype: str) -> 
     return {"codes": codes, "scales": ("F16", (d_out, group_count(d_in, spec.group_size)))}
 
 
-def kept_shapes(graph: Graph, plan: Plan) -> dict[str, tuple[int, int]]:
+def kept_shapes(graph: Graph, kept: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
     """(d_out, d_in) of every linear after the cuts."""
     shapes = {name: [site.d_out, site.d_in] for name, site in graph.linears.items()}
     for group in graph.groups.values():
-        if cut := sorted(set(range(group.n_units)).difference(plan.kept[group.name])):
+        if cut := sorted(set(range(group.n_units)).difference(kept[group.name])):
             for axis, tables in enumerate((group.producers, group.consumers)):
                 for name, table in tables.items():
                     shapes[name][axis] -= table[cut].unique().numel()
@@ -140,7 +143,7 @@ def stored_tensors(
     """
     check_names(graph, plan)
     stored = {name: (dtype if d in WIDE else d, shape) for name, (d, shape) in tensors.items()}
-    for name, (d_out, d_in) in kept_shapes(graph, plan).items():
+    for name, (d_out, d_in) in kept_shapes(graph, plan.kept).items():
         site, spec = graph.linears[name], plan.specs[name]
         weight, bias = f"{name}.weight", f"{name}.bias"
         expected = (site.d_in, site.d_out) if site.transposed else (site.d_out, site.d_in)
@@ -178,7 +181,7 @@ def adapter_tensors(graph: Graph, plan: Plan, dtype: str = "BF16") -> dict[str, 
     if plan.adapters == "merged":
         return {}
     check_names(graph, plan)
-    tensors, shapes = {}, kept_shapes(graph, plan)
+    tensors, shapes = {}, kept_shapes(graph, plan.kept)
     for name, rank in plan.adapter_ranks.items():
         d_out, d_in = shapes[name]
         tensors[f"base_model.model.{name}.lora_A.weight"] = (dtype, (rank, d_in))

@@ -26,8 +26,8 @@ class LinearSite:
 class Group:
     """Units that can be removed one by one; unit u is row u of every index table below.
 
-    Removing unit u deletes rows producers[p][u] of every producer p and columns consumers[c][u] of every consumer c, and
-    changes the model exactly as setting those input columns of the consumers to zero would.
+    Removing unit u deletes rows producers[p][u] of every producer p and columns consumers[c][u] of every consumer c.
+    The model changes exactly as if those input columns of the consumers were set to zero.
 
     kind: `kv_group` where the unit mixes tokens (query heads with the key/value head they share), else `channel`.
     module: path of the smallest module that contains every producer and consumer.

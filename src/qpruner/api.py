@@ -1,0 +1,218 @@
+"""The verbs: what the command line offers, as functions of the same names and parameters."""
+
+import os
+import shlex
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from qpruner import __version__
+from qpruner import recipe as recipes
+from qpruner.errors import OutputError
+from qpruner.prepare import Prepared, is_artifact, limit_of, prepare, require_weights, shape_of, widths_for
+from qpruner.progress import OnProgress, silent
+from qpruner.recipe import Recipe
+from qpruner.report.facts import Facts
+from qpruner.run import Run, digest_of, write_text
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `compress` leaves: the artifact's folder, the report, and the report's facts."""
+
+    artifact: Path
+    report: Path
+    facts: Facts
+
+    def to_json(self) -> dict:
+        return {"artifact": str(self.artifact), "report": str(self.report), "facts": self.facts.model_dump(mode="json")}
+
+
+def compress(
+    model: str,
+    budget: str,
+    output: str | Path,
+    *,
+    recipe: str | Recipe = "qpruner",
+    calibration: str | Path | None = None,
+    search_text: str | Path | None = None,
+    evaluation: str | Path | None = None,
+    trials: int | None = None,
+    seed: int = 0,
+    shared: Path | None = None,
+    measure_speed: bool = True,
+    on_progress: OnProgress = silent,
+) -> Result:
+    """Make the best model of a given size, in a folder that `AutoModelForCausalLM.from_pretrained` loads.
+
+    Args:
+        model: a folder, a hub name, or `pystdlib-5M`, the bundled model.
+        budget: `50%` of the 16-bit bytes, `3.5GiB`, or `4.5bpw`; covers every stored tensor, adapters included.
+        output: the artifact's folder, complete or absent. The run is kept in OUTPUT.run; the same call continues it.
+        recipe: a recipe, or the name or file of one, with changes if wanted: `qpruner[steps=50]`.
+        calibration, search_text, evaluation: files of text; see `qpruner.prepare.choose_texts` for what stands in.
+        trials: of the Bayesian optimization, in place of the recipe's number.
+        shared: a folder for stage results that other runs may have in common with this one.
+        measure_speed: also time both models, each in a fresh process.
+        on_progress: called with stage, done, total.
+    Raises:
+        QPrunerError: the request or its input cannot be served; nothing was written.
+    """
+    chosen = recipes.load(recipe) if isinstance(recipe, str) else recipe
+    if trials is not None:
+        chosen = chosen.model_copy(update={"trials": trials})
+    output = Path(output)
+    texts = {"calibration": calibration, "search_text": search_text, "evaluation": evaluation}
+    prepared = prepare(model, budget, output, recipe=chosen, seed=seed, **{k: v and Path(v) for k, v in texts.items()})
+    request = request_of(prepared)
+    run_folder = output.with_name(output.name + ".run")
+    report = run_folder / "report.html"
+    if is_artifact(output):
+        return _finished(output, run_folder, request)
+
+    from qpruner.compress import Compression, partial
+    from qpruner.facts import facts_of, manifest_of
+    from qpruner.report.page import page
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with Run(run_folder, shared=shared) as run:
+        run.event("start", request=digest_of(request))
+        started = time.monotonic()
+        decided, measured = Compression(prepared, run, on_progress, measure_speed=measure_speed)()
+        flags = {
+            "--calibration": calibration,
+            "--search-text": search_text,
+            "--evaluation": evaluation,
+            "--trials": trials,
+        }
+        words = ["qpruner", "compress", model, "--budget", budget, "-o", str(output), "--recipe", chosen.name]
+        words += [w for flag, value in flags.items() if value is not None for w in (flag, str(value))]
+        facts = facts_of(
+            prepared, decided, measured, command=shlex.join([*words, "--seed", str(seed)]), seconds=run.seconds()
+        )
+        from qpruner.artifact.save import write_manifest
+
+        write_manifest(partial(output), manifest_of(prepared, decided, measured, request))
+        write_text(run_folder / "facts.json", facts.to_json())
+        write_text(report, page(facts))
+        os.replace(partial(output), output)
+        run.event("done", seconds=round(time.monotonic() - started, 3))
+    return Result(output, report, facts)
+
+
+def request_of(prepared: Prepared) -> dict:
+    """All that the artifact's bytes depend on."""
+    return {
+        "qpruner": __version__,
+        "model": prepared.weights_digest,
+        "architecture": prepared.shape.source.digest,
+        "recipe": prepared.recipe.model_dump(mode="json"),
+        "limit_bytes": prepared.limit_bytes,
+        "texts": prepared.texts.digests(),
+        "seed": prepared.seed,
+    }
+
+
+def _finished(output: Path, run_folder: Path, request: dict) -> Result:
+    import json
+
+    manifest = json.loads((output / "manifest.json").read_text())
+    if manifest.get("request") != digest_of(request):
+        raise OutputError(
+            f"{output} holds an artifact of another request ({manifest.get('recipe', {}).get('name')}, "
+            f"{manifest.get('budget')}). Name another output, or remove it and {run_folder}."
+        )
+    if not (run_folder / "facts.json").is_file():
+        raise OutputError(
+            f"{output} is finished, but its run folder {run_folder} is gone. Remove {output} to make it anew."
+        )
+    return Result(output, run_folder / "report.html", Facts.read(run_folder / "facts.json"))
+
+
+def inspect(model: str, *, recipe: str | Recipe | None = None, budget: str | None = None) -> dict:
+    """Groups and sizes of a model, from its configuration alone; with a recipe and a budget, what would be left of it.
+
+    Returns:
+        `parameters`, `bytes_16bit`, `groups` (name, layer, kind, units, whether it can be pruned), `notes`; with a
+        recipe `predicted`: parameters, bytes, the kept units of each group.
+    """
+    from qpruner.decide import widths
+    from qpruner.model import cost, load
+    from qpruner.plan import Budget
+
+    source = load.inspect_source(model)
+    shape = shape_of(source)
+    found = {
+        "model": source.name,
+        "architecture": (source.config.architectures or [source.config.model_type])[0],
+        "parameters": source.parameters,
+        "bytes_16bit": source.bytes_16bit,
+        "layers": len(shape.graph.layers),
+        "groups": [
+            {"name": g.name, "layer": g.layer, "kind": g.kind, "units": g.n_units, "prunable": g.n_units > 1}
+            for g in shape.graph.groups.values()
+        ],
+        "notes": list(shape.graph.notes),
+    }
+    if recipe is None and budget is None:
+        return found
+    chosen = recipes.load(recipe or "qpruner") if not isinstance(recipe, Recipe) else recipe
+    limit = limit_of(Budget.parse(budget), source) if budget else source.bytes_16bit
+    counts = widths_for(shape, chosen, limit)
+    kept = widths.first_units(counts)
+    sizes = {bits: shape.size(shape.plan(chosen, kept, bits)) for bits in chosen.bits}
+    stored = shape.stored(shape.plan(chosen, kept, 16))
+    largest = max((s.total for s in sizes.values() if s.total <= limit), default=min(s.total for s in sizes.values()))
+    found["predicted"] = {
+        "recipe": chosen.name,
+        "parameters": cost.parameter_count(stored),
+        "bytes": min(limit, sizes[chosen.bits[-1]].total) if len(chosen.bits) > 1 else largest,
+        "limit_bytes": limit,
+        "bytes_by_bits": {str(bits): s.total for bits, s in sizes.items()},
+        "kept": counts,
+    }
+    return found
+
+
+def evaluate(
+    model: str,
+    *,
+    text: str | Path | None = None,
+    window: int = 512,
+    windows: int | None = None,
+    reference: str | None = None,
+    on_progress: OnProgress = silent,
+) -> dict:
+    """Loss of a model on a text, in float32.
+
+    Args:
+        text: a file; by default the held-out modules of Python's standard library, in full.
+        window: tokens per window, cut to the model's context; windows do not overlap.
+        windows: at most this many, from the start.
+        reference: another model, for the KL divergence to it.
+    """
+    from qpruner.judge import loss as judge
+    from qpruner.model import corpus, load
+
+    source = load.inspect_source(model)
+    require_weights(source)
+    tokenizer = load.load_tokenizer(source)
+    held_out = corpus.read_corpus(Path(text), "evaluation") if text else corpus.bundled_corpus("evaluation")
+    length = min(window, source.context_length or window)
+    cut = corpus.token_windows(held_out, tokenizer, length=length, n_windows=windows, fewest=1)
+    loaded = load.load_model(source)
+    report = judge.evaluate_loss(
+        loaded, cut, batch_size=8, on_batch=lambda done, total: on_progress("evaluating", done, total)
+    )
+    found = {"model": source.name, "text": held_out.name, **report.to_dict(), "protocol": str(report.protocol)}
+    if reference is not None:
+        other = load.load_model(load.inspect_source(reference))
+        found["kl"] = judge.kl_to(loaded, other, cut).to_dict()
+    return found
+
+
+def study(model: str, runs: list[str], output: str | Path, **options) -> dict:
+    """Several recipes on the same model, texts and budgets; see `qpruner.study`."""
+    from qpruner.study import study as run_study
+
+    return run_study(model, runs, Path(output), **options)

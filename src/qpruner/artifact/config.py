@@ -1,0 +1,33 @@
+"""The configuration of an artifact: a model type of our own around the original one.
+
+A stock model type would let a transformers that cannot read the packed tensors load the folder with random weights and
+no more than a warning; a type that it does not know is refused with an error, which is the safe failure.
+"""
+
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+MODEL_TYPE = "qpruner"
+
+
+class QPrunerConfig(PreTrainedConfig):
+    """base_config: the original model's configuration, as its `to_dict()`."""
+
+    model_type = MODEL_TYPE
+
+    def __init__(self, base_config: dict | None = None, **kwargs):
+        self.base_config = base_config or {}
+        super().__init__(**kwargs)
+
+    def original(self) -> PreTrainedConfig:
+        """The configuration of the class that the artifact is an instance of."""
+        fields = {k: v for k, v in self.base_config.items() if k not in ("transformers_version", "architectures")}
+        original = CONFIG_MAPPING[self.base_config["model_type"]].from_dict(fields)
+        original.architectures = self.base_config.get("architectures")
+        return original
+
+
+def register() -> None:
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    AutoConfig.register(MODEL_TYPE, QPrunerConfig, exist_ok=True)

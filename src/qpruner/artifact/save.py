@@ -1,0 +1,97 @@
+"""Writing an artifact: a Hugging Face folder whose files have exactly the predicted size."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from qpruner.artifact.config import QPrunerConfig
+from qpruner.artifact.loader import ADAPTER, PLAN, WEIGHTS
+from qpruner.model import adapters
+from qpruner.model.graph import Graph
+from qpruner.model.load import Source
+from qpruner.plan import Plan
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+def save_artifact(
+    folder: Path,
+    model: nn.Module,
+    graph: Graph,
+    plan: Plan,
+    *,
+    expected: dict[str, tuple[str, tuple[int, ...]]],
+    dtype: torch.dtype,
+    source: Source,
+) -> None:
+    """Write weights, adapters, configuration, plan and tokenizer into a new folder.
+
+    Args:
+        expected: the tensors that the plan predicts, name -> (dtype, shape); anything else is a fault of ours.
+        dtype: of what is stored in 16 bits.
+        source: the original; its configuration and tokenizer are taken over.
+    """
+    folder.mkdir(parents=True)
+    tensors = stored_tensors(model, set(expected), dtype)
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    assert found == {name: tuple(shape) for name, (_, shape) in expected.items()}, (
+        "the model is not what its plan predicts"
+    )
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    if plan.adapter_ranks and plan.adapters == "beside":
+        adapters.save_adapters(model, folder / ADAPTER, dtype=dtype)
+    base = {k: v for k, v in source.config.to_dict().items() if k != "_name_or_path"}
+    QPrunerConfig(
+        base_config=base | {"dtype": str(dtype).removeprefix("torch.")},
+        per_layer=per_layer_widths(source.config, graph, plan),
+        architectures=[type(model).__name__],
+        dtype=dtype,
+    ).save_pretrained(folder)
+    (folder / PLAN).write_text(plan.to_json())
+    for name in TOKENIZER_FILES:
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, folder / name)
+
+
+def stored_tensors(model: nn.Module, wanted: set[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The base model's tensors under their own names, adapters left out, floats but scales in the stored dtype."""
+    found = {}
+    for key, tensor in model.state_dict().items():
+        name = key.replace(".base_layer.", ".")
+        if name not in wanted:
+            continue
+        if tensor.is_floating_point() and not name.endswith(".scales"):
+            tensor = tensor.to(dtype)
+        found[name] = tensor.detach().cpu().contiguous()
+    return found
+
+
+def per_layer_widths(original: PreTrainedConfig, graph: Graph, plan: Plan) -> dict[str, dict[str, int]]:
+    """What differs from the base configuration in each layer, in transformers' words for it."""
+    config = original.get_text_config(decoder=True)
+    names = {"kv_group": ("num_attention_heads", "num_key_value_heads"), "channel": ("intermediate_size",)}
+    widths: dict[str, dict[str, int]] = {}
+    for name, group in graph.groups.items():
+        kept = len(plan.kept[name])
+        for attribute in names[group.kind]:
+            whole = getattr(config, attribute, None)
+            if isinstance(whole, int) and kept < group.n_units:
+                widths.setdefault(str(group.layer), {})[attribute] = whole * kept // group.n_units
+    return widths
+
+
+def write_manifest(folder: Path, manifest: dict) -> None:
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+
+
+def weight_bytes(folder: Path) -> int:
+    """Of all weight files in the folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))

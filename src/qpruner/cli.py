@@ -1,0 +1,212 @@
+"""The command line: one subcommand per verb of `qpruner.api`, same names, same parameters.
+
+Exit status: 0 done; 2 the request or its input cannot be served; 1 a fault of ours; 130 interrupted.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qpruner.errors import QPrunerError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Give it a decoder LLM and a size in bytes; it returns the best model that fits, in a folder that "
+    "AutoModelForCausalLM.from_pretrained loads, with a report.",
+)
+
+
+def with_status(verb):
+    """The verb, ending with one line and the right status instead of a traceback; faults of ours keep theirs."""
+
+    @functools.wraps(verb)
+    def run(*args, **kwargs):
+        try:
+            verb(*args, **kwargs)
+        except QPrunerError as error:
+            message, status = str(error), 2
+        except KeyboardInterrupt:
+            message, status = "interrupted; the same command continues where this run stopped.", 130
+        else:
+            return
+        typer.echo(f"qpruner: {message}", err=True)
+        raise typer.Exit(status)
+
+    return run
+
+
+MODEL_HELP = "A folder with config.json and safetensors, a hub name (owner/name), or pystdlib-5M, the bundled model."
+Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
+BudgetText = Annotated[
+    str, typer.Option("--budget", help="50% of the 16-bit bytes, a size (3.5GiB), or bits per parameter (4.5bpw).")
+]
+RecipeText = Annotated[
+    str, typer.Option("--recipe", help="A recipe's name or YAML file; change keys with NAME[key=value,key=value].")
+]
+Calibration = Annotated[
+    Path | None,
+    typer.Option("--calibration", help="Your text to measure and train on: .txt, .jsonl, .jsonl.gz or .parquet."),
+]
+SearchText = Annotated[
+    Path | None,
+    typer.Option("--search-text", help="Text that trials are judged on. Default: a part of the calibration file."),
+]
+Evaluation = Annotated[
+    Path | None,
+    typer.Option("--evaluation", help="Held-out text for the report. Default: a part of the calibration file."),
+]
+Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same artifact, byte for byte.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+@app.command()
+@with_status
+def compress(
+    model: Model,
+    budget: BudgetText,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The artifact; its run is in OUTPUT.run.")],
+    recipe: RecipeText = "qpruner",
+    calibration: Calibration = None,
+    search_text: SearchText = None,
+    evaluation: Evaluation = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Trials of the Bayesian optimization.")] = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Make the best model of a given size: prune, choose bits, quantize, recover, judge.
+
+    The same command continues an interrupted run.
+    """
+    from qpruner import api
+    from qpruner.progress import bars
+
+    with bars() as on_progress:
+        result = api.compress(
+            model, budget, output, recipe=recipe, calibration=calibration, search_text=search_text,
+            evaluation=evaluation, trials=trials, seed=seed, on_progress=on_progress,
+        )  # fmt: skip
+    _show_result(result, as_json)
+
+
+@app.command()
+@with_status
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the artifact.")] = Path("build/demo"),
+    budget: BudgetText = "50%",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Compress the bundled model with the default recipe; no download, a few minutes on two cores."""
+    compress("pystdlib-5M", budget, output, seed=seed, as_json=as_json)
+
+
+@app.command()
+@with_status
+def inspect(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP + " A config.json alone will do.")],
+    recipe: Annotated[str | None, typer.Option(help="Predict what this recipe makes of the model.")] = None,
+    budget: Annotated[str | None, typer.Option(help="The size to predict for; see `qpruner compress --help`.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a model's groups and sizes and what can be pruned, without loading its weights."""
+    from qpruner import api
+
+    found = api.inspect(model, recipe=recipe, budget=budget)
+    if as_json:
+        _print_json(found)
+    else:
+        from qpruner.report.terminal import inspection_table
+
+        _print(inspection_table(found))
+
+
+@app.command()
+@with_status
+def evaluate(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP + " Artifacts of qpruner too.")],
+    text: Annotated[Path | None, typer.Option(help="Text to judge on; default: the bundled held-out modules.")] = None,
+    window: Annotated[int, typer.Option(min=8, help="Tokens per window, no overlap.")] = 512,
+    windows: Annotated[int | None, typer.Option(min=2, help="At most this many windows, from the start.")] = None,
+    reference: Annotated[str | None, typer.Option(help="Also the KL divergence to this model.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model's loss on a text, with its standard error and the protocol it was measured by."""
+    from qpruner import api
+    from qpruner.progress import bars
+
+    with bars() as on_progress:
+        found = api.evaluate(
+            model, text=text, window=window, windows=windows, reference=reference, on_progress=on_progress
+        )
+    if as_json:
+        _print_json(found)
+    else:
+        from qpruner.report.terminal import mapping_table
+
+        _print(mapping_table(found))
+
+
+@app.command()
+@with_status
+def study(
+    model: Model,
+    recipes: Annotated[list[str], typer.Option("--recipes", help="Recipes, as for compress; several.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the study; resumable.")],
+    budget: Annotated[list[str] | None, typer.Option("--budget", help="A budget; give several. Default: 50%.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 3,
+    baseline: Annotated[str | None, typer.Option(help="Recipe to compare the others with. Default: the first.")] = None,
+    calibration: Calibration = None,
+    search_text: SearchText = None,
+    evaluation: Evaluation = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run several recipes on the same model and data; print their table with standard errors and paired differences."""
+    from qpruner import api
+    from qpruner.progress import bars
+
+    with bars() as on_progress:
+        found = api.study(
+            model, recipes, output, budgets=budget or ["50%"], seeds=seeds, baseline=baseline, calibration=calibration,
+            search_text=search_text, evaluation=evaluation, on_progress=on_progress,
+        )  # fmt: skip
+    if as_json:
+        _print_json(found)
+    else:
+        from qpruner.report.terminal import study_table
+        from qpruner.study import COLUMNS, table_cells
+
+        _print(study_table(COLUMNS, table_cells(found)))
+
+
+def _show_result(result, as_json: bool) -> None:
+    if as_json:
+        _print_json(result.to_json())
+        return
+    from qpruner.report.page import text_table
+
+    _print(text_table(result.facts))
+    for line in (f"artifact  {result.artifact}", f"report    {result.report}", "load it   " + result.facts.snippet):
+        typer.echo(line)
+
+
+def _print(table) -> None:
+    from rich.console import Console
+
+    Console().print(table)
+
+
+def _print_json(value) -> None:
+    typer.echo(json.dumps(value, indent=1))
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,316 @@
+"""The main job: a prepared request in, an artifact and a report out, through the stages of a run folder.
+
+prune -> measure what is left -> choose bits -> quantize -> recover -> save -> judge what was saved. Each stage names
+the digest of all that it depends on, so an interrupted run continues at the stage where it stopped.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qpruner import __version__
+from qpruner.artifact import save
+from qpruner.decide import search as bayesian
+from qpruner.decide import widths
+from qpruner.decide.allocate import ALLOCATORS, Choices
+from qpruner.decide.information import BitUnit, bit_units, measure_information
+from qpruner.decide.scores import SCORERS
+from qpruner.decide.sensitivity import measure_sensitivity
+from qpruner.do.quantize import Candidates
+from qpruner.do.recover import train_adapters_
+from qpruner.judge import loss as judge
+from qpruner.judge.speed import measure_in_fresh_process
+from qpruner.model import adapters, checkpoint, cost, load
+from qpruner.model.surgery import narrow_
+from qpruner.plan import SPECS, Plan
+from qpruner.prepare import Prepared
+from qpruner.progress import OnProgress
+from qpruner.run import Journal, Run, digest_of, write_text
+
+EVALUATION_BATCH = 8  # windows
+HEADER_SLACK = 4  # bytes per linear
+SENSITIVITY_PART = 2  # one in so many windows of the search text: there are as many passes as candidates
+LOSS_CURVE = "loss_curve"  # beside the adapters in their stage's file
+
+
+@dataclass(frozen=True)
+class Decided:
+    """The plan, and the numbers that it was decided on, for the report."""
+
+    plan: Plan
+    scores: dict[str, Tensor]
+    units: tuple[BitUnit, ...]
+    information: list[dict]
+    sensitivity: list[list[float]] | None
+    trials: list[bayesian.Trial]
+    chosen: bayesian.Trial | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of the original and of the saved artifact, as stored by the run."""
+
+    original: dict
+    artifact: dict
+    loss_curve: list[tuple[int, float]]
+    search_loss: dict[str, float]
+    loftq_errors: dict[str, tuple[float, float]]
+    size: cost.StoredSize
+    on_disk: int
+
+
+class Compression:
+    """One run of the main job on an open run folder."""
+
+    def __init__(self, prepared: Prepared, run: Run, on_progress: OnProgress, *, measure_speed: bool):
+        self.prepared, self.run, self._on_progress = prepared, run, on_progress
+        self._measure_speed = measure_speed
+        self.recipe, self.shape, self.graph = prepared.recipe, prepared.shape, prepared.shape.graph
+        self._generator = lambda: torch.Generator().manual_seed(prepared.seed)
+
+    def __call__(self) -> tuple[Decided, Measured]:
+        model = load.load_model(self.shape.source)
+        original = self._judge_original(model)
+        decided, candidates = self._decide(model)
+        write_text(self.run.folder / "plan.json", decided.plan.to_json())
+        candidates.put_(decided.plan.specs)
+        errors, before = candidates.errors(), self._search_loss(model)
+        candidates.forget()
+        curve = self._recover(model, decided.plan)
+        after = self._search_loss(model) if curve else before
+        size = self.shape.size(decided.plan)
+        folder = self._save(model, decided.plan, size)
+        del model, candidates
+        artifact = self._judge_artifact(folder, decided.plan)
+        measured = Measured(
+            original, artifact, curve, {"before": before, "after": after}, errors, size, save.weight_bytes(folder)
+        )
+        return decided, measured
+
+    # --- what the stages depend on -----------------------------------------------------------------------------------
+
+    def _inputs(self, **facts) -> dict:
+        return {"qpruner": __version__, "model": self.prepared.weights_digest, "seed": self.prepared.seed, **facts}
+
+    def _progress(self, stage: str) -> Callable[..., None]:
+        return lambda done, total, *rest: self._on_progress(stage, done, total)
+
+    # --- deciding ----------------------------------------------------------------------------------------------------
+
+    def _decide(self, model: nn.Module) -> tuple[Decided, Candidates]:
+        """Prunes the model on the way, since what is measured next is measured on the pruned model."""
+        scores = self._scores(model)
+        kept = widths.select(scores, self.prepared.counts)
+        pruned = self.shape.plan(self.recipe, kept, 16, self.prepared.seed)
+        narrow_(model, self.graph, kept)
+        units = bit_units(self.graph, self.recipe.bit_unit)
+        information = self._information(model, units, kept) if len(self.recipe.bits) > 1 else []
+        candidates = Candidates(model, self.graph, pruned, adapter_dtype=load.stored_dtype(self.shape.source))
+        if len(self.recipe.bits) == 1:
+            plan = self.shape.plan(self.recipe, kept, self.recipe.bits[0], self.prepared.seed)
+            return Decided(plan, scores, units, information, None, [], None), candidates
+        sensitivity = None
+        if self.recipe.allocation in ("sensitivity", "bayesian"):
+            sensitivity = self._sensitivity(model, candidates, units, kept)
+        choices = self._choices(units, kept, information, sensitivity)
+        trials, chosen = [], None
+        if self.recipe.allocation == "bayesian":
+            trials = self._search(model, candidates, units, choices, kept)
+            chosen = bayesian.best(trials)
+            levels = chosen.levels
+        else:
+            levels = ALLOCATORS[self.recipe.allocation](choices)
+        plan = self.shape.plan(self.recipe, kept, self._bits_of(units, levels), self.prepared.seed)
+        return Decided(plan, scores, units, information, sensitivity, trials, chosen), candidates
+
+    def _scores(self, model: nn.Module) -> dict[str, Tensor]:
+        windows = self.prepared.calibration.ids
+        inputs = self._inputs(score=self.recipe.score, windows=digest_of(windows.tolist()))
+        scorer = SCORERS[self.recipe.score]
+        return self.run.tensors(
+            "importance",
+            inputs,
+            lambda: scorer(model, self.graph, windows, self._generator(), self._progress("importance")),
+        )
+
+    def _information(self, model: nn.Module, units: tuple[BitUnit, ...], kept: dict) -> list[dict]:
+        windows, estimator = self.prepared.calibration.ids[:32], self.recipe.information
+        inputs = self._inputs(
+            kept=kept, windows=digest_of(windows.tolist()), estimator=estimator, unit=self.recipe.bit_unit
+        )
+        return self.run.values(
+            "information",
+            inputs,
+            lambda: measure_information(
+                model, units, windows, estimator=estimator, seed=self.prepared.seed,
+                on_batch=self._progress("mutual information"),
+            ),
+        )  # fmt: skip
+
+    def _quantized_inputs(self, kept: dict, **facts) -> dict:
+        plan = self.shape.plan(self.recipe, kept, 16, self.prepared.seed)
+        return self._inputs(
+            kept=kept, bits=self.recipe.bits, unit=self.recipe.bit_unit, ranks=plan.adapter_ranks,
+            loftq=[plan.recovery.loftq_iterations, plan.recovery.adapter_alpha],
+            windows=digest_of(self.prepared.search.ids.tolist()), **facts,
+        )  # fmt: skip
+
+    def _sensitivity(self, model, candidates, units, kept) -> list[list[float]]:
+        windows = self.prepared.search.first(max(1, len(self.prepared.search.ids) // SENSITIVITY_PART))
+
+        def compute() -> list[list[float]]:
+            reference = judge.reference_logprobs(model, windows)
+
+            def divergence(bits: dict[str, int]) -> float:
+                candidates.put_({name: SPECS[bits.get(name, 16)] for name in self.graph.linears})
+                return judge.kl_from_logprobs(model, windows, reference).kl
+
+            return measure_sensitivity(units, self.recipe.bits, divergence, self._progress("sensitivity"))
+
+        return self.run.values("sensitivity", self._quantized_inputs(kept), compute)
+
+    def _bits_of(self, units: tuple[BitUnit, ...], levels: tuple[int, ...]) -> dict[str, int]:
+        return {n: self.recipe.bits[level] for u, level in zip(units, levels, strict=True) for n in u.linears}
+
+    def _choices(self, units, kept, information, sensitivity) -> Choices:
+        """What each unit weighs at each level, and what is left of the budget for all of them."""
+
+        dims = cost.kept_shapes(self.graph, kept)
+        sizes = np.array(
+            [[sum(cost.linear_bytes(*dims[n], SPECS[b]) for n in u.linears) for b in self.recipe.bits] for u in units]
+        )
+        stored = [self.shape.size(self.shape.plan(self.recipe, kept, b)) for b in self.recipe.bits]
+        # The header names shapes and offsets, whose digits depend on the mixture: a few bytes a linear at the most.
+        headers = max(size.headers for size in stored) + HEADER_SLACK * len(self.graph.linears)
+        elsewhere = stored[0].total - stored[0].linears - stored[0].headers + headers
+        return Choices(
+            units=tuple(u.name for u in units),
+            bits=self.recipe.bits,
+            sizes_bytes=sizes,
+            limit_bytes=self.prepared.limit_bytes - elsewhere,
+            information=np.array([row["nats"] for row in information]),
+            sensitivity=None if sensitivity is None else np.array(sensitivity),
+            seed=self.prepared.seed,
+        )
+
+    def _search(self, model, candidates, units, choices: Choices, kept) -> list[bayesian.Trial]:
+        journal = Journal(
+            self.run.folder / "trials.jsonl",
+            self._quantized_inputs(kept, limit=choices.limit_bytes, information=choices.information.tolist()),
+        )
+        starts = {name: allocate(choices) for name, allocate in ALLOCATORS.items() if name != "random"}
+
+        def evaluate(levels: tuple[int, ...]) -> float:
+            candidates.put_({n: SPECS[b] for n, b in self._bits_of(units, levels).items()})
+            return self._search_loss(model)
+
+        def on_trial(trial: bayesian.Trial) -> None:
+            journal.append(json.loads(trial.to_json()))
+            self._on_progress("search", trial.number + 1, self.recipe.trials)
+
+        past = [bayesian.Trial.from_json(json.dumps(line)) for line in journal.lines][: self.recipe.trials]
+        return bayesian.search(
+            choices, evaluate, starts=starts, n_trials=self.recipe.trials, seed=self.prepared.seed,
+            journal=past, on_trial=on_trial,
+        )  # fmt: skip
+
+    def _search_loss(self, model: nn.Module) -> float:
+        return judge.evaluate_loss(model, self.prepared.search, batch_size=EVALUATION_BATCH).loss
+
+    # --- doing -------------------------------------------------------------------------------------------------------
+
+    def _recover(self, model: nn.Module, plan: Plan) -> list[tuple[int, float]]:
+        """Trains the adapters, or reads them back; returns the loss curve."""
+        if not plan.adapter_ranks or not plan.recovery.steps:
+            return []
+        windows = self.prepared.training.ids
+
+        def compute() -> dict[str, Tensor]:
+            curve = train_adapters_(
+                model, plan.recovery, windows, seed=self.prepared.seed, on_step=self._progress("recovery")
+            )
+            state = adapters.adapter_state(model, load.stored_dtype(self.shape.source))
+            return {**state, LOSS_CURVE: torch.tensor(curve, dtype=torch.float64)}
+
+        inputs = self._inputs(plan=plan.model_dump(mode="json"), windows=digest_of(windows.tolist()))
+        state = self.run.tensors("adapters", inputs, compute)
+        curve = state.pop(LOSS_CURVE)
+        names = {linear: adapters.tensor_names(linear) for linear in plan.adapter_ranks}
+        adapters.set_adapter_weights_(model, {linear: (state[a], state[b]) for linear, (a, b) in names.items()})
+        return [(int(step), float(value)) for step, value in curve]
+
+    def _save(self, model: nn.Module, plan: Plan, size: cost.StoredSize) -> Path:
+        """The artifact in a folder beside its final place; what an interrupted run left there is removed."""
+        folder = partial(self.prepared.output)
+        if folder.exists():
+            shutil.rmtree(folder)
+        if plan.adapters == "merged" and plan.adapter_ranks:
+            adapters.merge_adapters_(model)
+        save.save_artifact(
+            folder, model, self.graph, plan, expected=self.shape.stored(plan),
+            dtype=load.stored_dtype(self.shape.source), source=self.shape.source,
+        )  # fmt: skip
+        on_disk = save.weight_bytes(folder)
+        assert on_disk == size.total, f"{on_disk} bytes on disk, {size.total} predicted"
+        return folder
+
+    # --- judging -----------------------------------------------------------------------------------------------------
+
+    def _judge_original(self, model: nn.Module) -> dict:
+        windows = self.prepared.evaluation
+
+        def compute() -> dict:
+            report = judge.evaluate_loss(
+                model, windows, batch_size=EVALUATION_BATCH, on_batch=self._progress("judging the original")
+            )
+            return {"loss": loss_values(report)}
+
+        judged = self.run.values("original", self._inputs(windows=digest_of(windows.ids.tolist())), compute)
+        return judged | self._speed("original", self.shape.source.folder, self.prepared.weights_digest)
+
+    def _judge_artifact(self, folder: Path, plan: Plan) -> dict:
+        """Of what was written, loaded anew: the numbers are those of the files."""
+        windows = self.prepared.evaluation
+
+        def compute() -> dict:
+            artifact = load.load_model(load.inspect_source(str(folder)))
+            original = load.load_model(self.shape.source)
+            report = judge.evaluate_loss(
+                artifact, windows, batch_size=EVALUATION_BATCH, on_batch=self._progress("judging the artifact")
+            )
+            divergence = judge.kl_to(artifact, original, windows)
+            return {"loss": loss_values(report), "kl": divergence.to_dict()}
+
+        weights = checkpoint.weights_digest(folder)
+        inputs = self._inputs(windows=digest_of(windows.ids.tolist()), artifact=weights)
+        return self.run.values("artifact", inputs, compute) | self._speed("artifact", folder, weights)
+
+    def _speed(self, which: str, folder: Path, weights: str) -> dict:
+        """Memory and tokens per second, in a process of its own; nothing when it was not asked for."""
+        if not self._measure_speed:
+            return {}
+        self._on_progress(f"speed of the {which}", 0, 1)
+        measured = self.run.values(
+            f"{which}-speed", {"weights": weights}, lambda: measure_in_fresh_process(folder).to_dict()
+        )
+        self._on_progress(f"speed of the {which}", 1, 1)
+        return {"speed": measured}
+
+
+def loss_values(report: judge.LossReport) -> dict:
+    return {
+        **report.to_dict(),
+        "perplexity_standard_error": report.perplexity * report.standard_error,
+        "protocol": str(report.protocol),
+        "window_losses": report.window_losses,
+    }
+
+
+def partial(output: Path) -> Path:
+    return output.with_name(f".{output.name}.partial")

@@ -1,0 +1,38 @@
+"""From decisions to the plan: what is kept and which bits, completed by what follows from them."""
+
+from collections.abc import Mapping, Sequence
+
+from qpruner.model.cost import kept_shapes
+from qpruner.model.graph import Graph
+from qpruner.plan import Plan, QuantSpec
+from qpruner.recipe import Recipe
+
+INPUTS_PER_RANK = 32  # of a linear's smaller side: keeps adapters small beside narrow layers
+
+
+def draft(
+    graph: Graph,
+    recipe: Recipe,
+    *,
+    model_name: str,
+    model_digest: str,
+    hidden_size: int,
+    kept: Mapping[str, Sequence[int]],
+    specs: Mapping[str, QuantSpec],
+    seed: int,
+) -> Plan:
+    """The whole plan. An adapter's rank is the recipe's, and at most 1/32 of the smaller side of its linear."""
+    ranks = {}
+    if recipe.adapter_rank:
+        for name, dims in kept_shapes(graph, kept).items():
+            ranks[name] = max(1, min(recipe.adapter_rank, min(dims) // INPUTS_PER_RANK))
+    return Plan(
+        model_name=model_name,
+        model_digest=model_digest,
+        kept={name: tuple(units) for name, units in kept.items()},
+        specs=dict(specs),
+        adapter_ranks=ranks,
+        adapters=recipe.adapters,
+        recovery=recipe.recovery(hidden_size),
+        seed=seed,
+    )

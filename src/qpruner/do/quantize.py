@@ -1,0 +1,108 @@
+"""Quantized layers with their LoftQ adapters, made once and swapped in and out of the pruned model.
+
+A trial of the search and the final artifact use the same candidates: what was judged is what ships.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qpruner.math import loftq
+from qpruner.model import adapters
+from qpruner.model.graph import Graph
+from qpruner.model.packed import PackedLinear
+from qpruner.plan import Plan, QuantSpec
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One linear stored one way. Errors are relative Frobenius norms of what is lost, with and without the adapter."""
+
+    layer: nn.Module
+    factors: tuple[Tensor, Tensor] | None  # A (rank, d_in), B (d_out, rank)
+    error: float
+    plain_error: float
+
+
+class Candidates:
+    """The linears of a pruned model in every form that is asked for, made at the first asking and kept.
+
+    On construction the model gets its adapters; from then on `put_` decides what stands at each place.
+    """
+
+    def __init__(self, model: nn.Module, graph: Graph, plan: Plan, *, adapter_dtype: torch.dtype):
+        """plan: for the ranks, the recovery settings and the seed; its specs are not looked at."""
+        self._model, self._graph, self._plan, self._dtype = model, graph, plan, adapter_dtype
+        self._dense = {name: model.get_submodule(name) for name in graph.linears}
+        self._made: dict[tuple[str, QuantSpec], Candidate] = {}
+        self._placed: dict[str, QuantSpec] = {}
+        if plan.adapter_ranks:
+            recovery = plan.recovery
+            adapters.inject_adapters_(
+                model, plan.adapter_ranks, alpha=recovery.adapter_alpha, dropout=recovery.adapter_dropout
+            )
+            model.eval()
+
+    def candidate(self, name: str, spec: QuantSpec) -> Candidate:
+        key = name, spec
+        if key not in self._made:
+            self._made[key] = self._make(name, spec)
+        return self._made[key]
+
+    def put_(self, specs: Mapping[str, QuantSpec]) -> None:
+        """Have every linear stored as `specs` says; those that already are stay as they are."""
+        factors = {}
+        for name, spec in specs.items():
+            if self._placed.get(name) == spec:
+                continue
+            candidate = self.candidate(name, spec)
+            self._place_(name, candidate.layer)
+            if candidate.factors is not None:
+                factors[name] = candidate.factors
+            self._placed[name] = spec
+        if factors:
+            adapters.set_adapter_weights_(self._model, factors)
+
+    def _place_(self, name: str, layer: nn.Module) -> None:
+        """Under the adapter where there is one."""
+        standing = self._model.get_submodule(name)
+        if hasattr(standing, "base_layer"):
+            standing.base_layer = layer
+        else:
+            self._model.set_submodule(name, layer)
+
+    def errors(self) -> dict[str, tuple[float, float]]:
+        """(plain, with LoftQ) of every linear that is now quantized."""
+        made = {name: self._made[name, spec] for name, spec in self._placed.items() if spec.bits < 16}
+        return {name: (c.plain_error, c.error) for name, c in made.items()}
+
+    def forget(self) -> None:
+        """Let go of every candidate that does not stand in the model."""
+        self._made, self._dense = {}, {}
+
+    def _make(self, name: str, spec: QuantSpec) -> Candidate:
+        dense, rank = self._dense[name], self._plan.adapter_ranks.get(name, 0)
+        stored_dense = dense.weight.T if self._graph.linears[name].transposed else dense.weight
+        W = stored_dense.detach().float()
+        # From the name and the seed alone, so that the order in which candidates are asked for does not matter.
+        number = hashlib.sha256(f"{self._plan.seed} {name}".encode()).digest()[:7]
+        generator = torch.Generator().manual_seed(int.from_bytes(number))
+        if spec.bits == 16:
+            factors = loftq.fresh_adapter(*W.shape, rank, self._dtype, generator, W.device) if rank else None
+            return Candidate(dense, factors, 0.0, 0.0)
+
+        def rounding(weight: Tensor) -> tuple[PackedLinear, Tensor]:
+            packed = PackedLinear.from_weight(weight, dense.bias, spec)
+            return packed, packed.dequantize()
+
+        recovery = self._plan.recovery
+        found = loftq.split(
+            W, rounding, rank=rank, scaling=recovery.adapter_alpha / max(rank, 1),
+            iterations=recovery.loftq_iterations, dtype=self._dtype, generator=generator,
+        )  # fmt: skip
+        norm = max(loftq.norm(W), 1e-30)
+        factors = (found.A, found.B) if rank else None
+        return Candidate(found.stored, factors, found.error / norm, found.plain_error / norm)

@@ -1,0 +1,216 @@
+"""From the values of a finished run to the facts of its report and the artifact's manifest."""
+
+import platform
+from importlib.metadata import version
+
+import psutil
+
+from qpruner import __version__
+from qpruner.compress import Decided, Measured
+from qpruner.decide import search as bayesian
+from qpruner.decide.widths import kept_fractions
+from qpruner.model import cost
+from qpruner.plan import SPECS
+from qpruner.prepare import Prepared
+from qpruner.report import facts as report
+from qpruner.run import digest_of
+
+HIGHER, LOWER = True, False
+
+
+def facts_of(
+    prepared: Prepared, decided: Decided, measured: Measured, *, command: str, seconds: dict[str, float]
+) -> report.Facts:
+    plan, size = decided.plan, measured.size
+    stored = prepared.shape.stored(prepared.shape.plan(prepared.recipe, plan.kept, 16))
+    return report.Facts(
+        model_name=prepared.shape.source.name,
+        recipe=prepared.recipe.name,
+        budget=str(prepared.budget),
+        seed=prepared.seed,
+        versions={"python": platform.python_version(), **{n: version(n) for n in ("torch", "transformers", "peft")}}
+        | {"qpruner": __version__},
+        machine=machine(),
+        command=command,
+        sizes=report.Sizes(
+            asked=prepared.limit_bytes,
+            predicted=size.total,
+            on_disk=measured.on_disk,
+            original_16bit=prepared.shape.source.bytes_16bit,
+            **size.parts(),
+        ),  # fmt: skip
+        parameters_before=prepared.shape.source.parameters,
+        parameters_after=cost.parameter_count(stored),
+        metrics=metrics(prepared, measured),
+        protocol=measured.artifact["loss"]["protocol"],
+        layers=layers(prepared, decided),
+        projections=projections(prepared, decided),
+        importance=tuple(
+            report.Importance(
+                group=name,
+                layer=g.layer,
+                kind=g.kind,
+                curve=report.summarise_scores(decided.scores[name].tolist(), plan.kept[name]),
+            )
+            for name, g in prepared.shape.graph.groups.items()
+        ),  # fmt: skip
+        information=tuple(report.Information(**row) for row in decided.information),
+        sensitivities=tuple(
+            report.Sensitivity(unit=unit.name, layer=unit.layer, bits=bits, nats=nats)
+            for unit, row in zip(decided.units, decided.sensitivity or [], strict=False)
+            for bits, nats in zip(prepared.recipe.bits, row, strict=True)
+        ),
+        search=search(decided, measured),
+        recovery=recovery(prepared, measured),
+        stages=tuple(report.Stage(name=name, seconds=s) for name, s in seconds.items()),
+        warnings=warnings(prepared, decided, measured),
+        notes=tuple(n for n in (prepared.texts.note, *prepared.shape.graph.notes) if n),
+        loads_in="transformers, after `import qpruner`, as an instance of the original class.",
+        snippet=f"import qpruner; from transformers import AutoModelForCausalLM; "
+        f"model = AutoModelForCausalLM.from_pretrained({str(prepared.output)!r})",
+    )
+
+
+def metrics(prepared: Prepared, measured: Measured) -> tuple[report.Metric, ...]:
+    before, after = measured.original, measured.artifact
+    rows = [
+        ("loss", "nats/token", "loss", "loss", "standard_error", LOWER),
+        ("perplexity", "", "loss", "perplexity", "perplexity_standard_error", LOWER),
+        ("bits per byte", "bits", "loss", "bits_per_byte", None, LOWER),
+        ("KL to the original", "nats/token", "kl", "kl", "standard_error", LOWER),
+        ("top-1 agreement", "fraction", "kl", "top1_agreement", None, HIGHER),
+        ("tensor bytes in memory", "bytes", "speed", "tensor_bytes", None, LOWER),
+        ("peak memory", "bytes", "speed", "peak_bytes", None, LOWER),
+        ("prefill", "tokens/s", "speed", "prefill_tokens_per_second", None, HIGHER),
+        ("decode", "tokens/s", "speed", "decode_tokens_per_second", None, HIGHER),
+    ]
+    found = [
+        report.Metric(
+            name=name, unit=unit, before=before.get(part, {}).get(key), after=after.get(part, {}).get(key),
+            standard_error_before=before.get(part, {}).get(error) if error else None,
+            standard_error_after=after.get(part, {}).get(error) if error else None,
+            higher_is_better=better,
+        )
+        for name, unit, part, key, error, better in rows
+    ]  # fmt: skip
+    disk = report.Metric(
+        name="bytes on disk", unit="bytes", before=prepared.shape.source.bytes_16bit, after=measured.on_disk,
+        higher_is_better=LOWER,
+    )  # fmt: skip
+    return (*found[:5], disk, *found[5:])
+
+
+def layers(prepared: Prepared, decided: Decided) -> tuple[report.Layer, ...]:
+    graph, rows = prepared.shape.graph, []
+    whole = kept_fractions(len(graph.layers), prepared.recipe, 0.0)
+    for index in range(len(graph.layers)):
+        counted = {"kv_group": [0, 0], "channel": [0, 0]}
+        for name, group in graph.groups.items():
+            if group.layer == index:
+                counted[group.kind][0] += len(decided.plan.kept[name])
+                counted[group.kind][1] += group.n_units
+        (heads, all_heads), (channels, all_channels) = counted["kv_group"], counted["channel"]
+        rows.append(
+            report.Layer(
+                index=index, kv_groups_kept=heads, kv_groups_total=all_heads, channels_kept=channels,
+                channels_total=all_channels, protected=whole[index] == 1.0,
+            )
+        )  # fmt: skip
+    return tuple(rows)
+
+
+def projections(prepared: Prepared, decided: Decided) -> tuple[report.ProjectionBits, ...]:
+    graph, plan, rows = prepared.shape.graph, decided.plan, []
+    dims = cost.kept_shapes(graph, plan.kept)
+    for projection in graph.projections:
+        spec = plan.specs[projection.linears[0]]
+        rows.append(
+            report.ProjectionBits(
+                name=projection.name, layer=projection.layer, bits=spec.bits,
+                parameters=sum(dims[n][0] * dims[n][1] for n in projection.linears),
+                size_bytes=sum(cost.linear_bytes(*dims[n], SPECS[spec.bits]) for n in projection.linears),
+            )
+        )  # fmt: skip
+    return tuple(rows)
+
+
+def search(decided: Decided, measured: Measured) -> report.Search | None:
+    """Trials count the bytes of what they choose between; here all that is stored besides is added."""
+    if not decided.trials:
+        return None
+    besides = measured.size.total - decided.chosen.size_bytes
+    return report.Search(
+        trials=tuple(
+            report.Trial(number=t.number, origin=t.origin, size_bytes=besides + t.size_bytes, loss=t.loss)
+            for t in decided.trials
+        ),
+        front=tuple(t.number for t in bayesian.pareto(decided.trials)),
+        chosen=decided.chosen.number,
+    )
+
+
+def recovery(prepared: Prepared, measured: Measured) -> report.Recovered | None:
+    if not measured.loss_curve and not measured.loftq_errors:
+        return None
+    linears = prepared.shape.graph.linears
+    return report.Recovered(
+        curve=tuple(report.LossPoint(step=step, loss=loss) for step, loss in measured.loss_curve),
+        loss_before=measured.search_loss["before"],
+        loss_after=measured.search_loss["after"],
+        starts=tuple(
+            report.AdapterStart(linear=name, layer=linears[name].layer, plain=plain, loftq=loftq)
+            for name, (plain, loftq) in measured.loftq_errors.items()
+        ),
+    )
+
+
+def warnings(prepared: Prepared, decided: Decided, measured: Measured) -> tuple[str, ...]:
+    found = []
+    before, after = measured.search_loss["before"], measured.search_loss["after"]
+    if after > before:
+        found.append(f"Training the adapters made the search text worse: {before:.4f} to {after:.4f} nats per token.")
+    silent = [row["unit"] for row in decided.information if row["z"] < 2]
+    if silent:
+        found.append(
+            f"Mutual information shows no evidence of importance (z < 2) for {len(silent)} of "
+            f"{len(decided.information)} units."
+        )
+    return tuple(found)
+
+
+def manifest_of(prepared: Prepared, decided: Decided, measured: Measured, request: dict) -> dict:
+    """What the artifact says of itself. Nothing in it depends on when or how fast it was made."""
+    loss = lambda part: {k: v for k, v in part["loss"].items() if k != "window_losses"}
+    return {
+        "made_by": f"qpruner {__version__}",
+        "base_model": prepared.shape.source.name,
+        "budget": str(prepared.budget),
+        "recipe": prepared.recipe.model_dump(mode="json"),
+        "seed": prepared.seed,
+        "request": digest_of(request),
+        "bytes": {
+            "asked": prepared.limit_bytes,
+            "predicted": measured.size.total,
+            "on_disk": measured.on_disk,
+            "original_16bit": prepared.shape.source.bytes_16bit,
+            "parts": measured.size.parts(),
+        },
+        "digests": {
+            "model_weights": prepared.weights_digest,
+            "model_architecture": prepared.shape.source.digest,
+            "texts": prepared.texts.digests(),
+        },
+        "evaluation": {
+            "original": loss(measured.original),
+            "artifact": loss(measured.artifact),
+            "kl": measured.artifact["kl"],
+        },
+    }
+
+
+def machine() -> str:
+    import torch
+
+    memory = psutil.virtual_memory().total / 2**30
+    accelerator = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no accelerator"
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, {memory:.0f} GiB memory, {accelerator}"

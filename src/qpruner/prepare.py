@@ -1,0 +1,237 @@
+"""Everything that can be refused is refused here, before a folder is made or an hour is spent."""
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from qpruner.decide import widths
+from qpruner.decide.draft import draft
+from qpruner.errors import BudgetError, MissingExtraError, ModelError, OutputError, RecipeError
+from qpruner.model import checkpoint, corpus, cost, load
+from qpruner.model.corpus import Corpus, Windows
+from qpruner.model.discover import discover
+from qpruner.model.graph import Graph
+from qpruner.model.skeleton import build_skeleton
+from qpruner.plan import SPECS, Budget, Plan
+from qpruner.recipe import Recipe
+
+BUNDLED = "pystdlib-5M"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model without its weights, and what any plan for it would weigh.
+
+    tensors: what the unpruned model stores: name -> (dtype, shape). dtype: of stored 16-bit tensors.
+    """
+
+    source: load.Source
+    graph: Graph
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    dtype: str
+
+    def plan(self, recipe: Recipe, kept, bits: int | dict[str, int], seed: int = 0) -> Plan:
+        """The plan that keeps these units with these bits, one number for all linears or one for each."""
+        each = bits if isinstance(bits, dict) else dict.fromkeys(self.graph.linears, bits)
+        return draft(
+            self.graph, recipe, model_name=self.source.name, model_digest=self.source.digest, kept=kept,
+            hidden_size=self.source.config.get_text_config(decoder=True).hidden_size,
+            specs={name: SPECS[b] for name, b in each.items()}, seed=seed,
+        )  # fmt: skip
+
+    def stored(self, plan: Plan) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """The tensors of the weights file under a plan, name -> (dtype, shape)."""
+        return cost.stored_tensors(self.tensors, self.graph, plan, dtype=self.dtype)
+
+    def size(self, plan: Plan) -> cost.StoredSize:
+        return cost.predict_size(self.tensors, self.graph, plan, dtype=self.dtype)
+
+
+def shape_of(source: load.Source) -> Shape:
+    skeleton = build_skeleton(source.config)
+    return Shape(source, discover(skeleton), cost.named_tensors(skeleton), cost.TORCH_NAMES[load.stored_dtype(source)])
+
+
+def widths_for(shape: Shape, recipe: Recipe, limit_bytes: int) -> widths.Counts:
+    """Units that each group keeps, the most that the recipe and the budget allow.
+
+    Widths are fitted so that the linears can have `mean_bits` on average; where that cannot be, the fewest bits.
+    """
+    low, high = recipe.bits[0], recipe.bits[-1]
+
+    def size_at(bits: float) -> Callable[[widths.Counts], float]:
+        part = 0.0 if high == low else (bits - low) / (high - low)
+
+        def size(counts: widths.Counts) -> float:
+            kept = widths.first_units(counts)
+            at = [shape.size(shape.plan(recipe, kept, b)).total for b in (low, high)]
+            return at[0] + part * (at[1] - at[0])
+
+        return size
+
+    for bits in (min(max(recipe.mean_bits, low), high), low):
+        counts = widths.fit(shape.graph, recipe, size_at(bits), limit_bytes)
+        if counts is not None:
+            return counts
+    narrowest = widths.counts(shape.graph, recipe, 0.0 if recipe.shrink_to_fit else recipe.kept)
+    smallest = shape.size(shape.plan(recipe, widths.first_units(narrowest), low))
+    parts = sorted(((n, size) for n, size in smallest.parts().items()), key=lambda part: -part[1])
+    holding = ", ".join(f"{name} {size:,}" for name, size in parts[:3])
+    raise BudgetError(
+        f"no plan of recipe {recipe.name!r} fits {limit_bytes:,} bytes. The smallest reachable is {smallest.total:,} "
+        f"bytes ({holding}). Give a larger budget, or a recipe with "
+        + ("fewer bits, no adapters, or fewer protected layers." if recipe.shrink_to_fit else "a smaller `kept`.")
+    )
+
+
+def limit_of(budget: Budget, source: load.Source) -> int:
+    """The budget in bytes; refused above the model's own size at 16 bits."""
+    limit = budget.to_bytes(parameters=source.parameters)
+    if limit > source.bytes_16bit:
+        raise BudgetError(
+            f"the budget {budget} is {limit:,} bytes; {source.name!r} has {source.bytes_16bit:,} bytes at 16 bits. "
+            "Nothing needs to be compressed: give a smaller budget."
+        )
+    return limit
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Three disjoint corpora. note: what a person should know of their choice."""
+
+    calibration: Corpus
+    search: Corpus
+    evaluation: Corpus
+    note: str | None
+
+    def digests(self) -> dict[str, str]:
+        return {role: getattr(self, role).digest for role in ("calibration", "search", "evaluation")}
+
+
+def choose_texts(model_name: str, calibration: Path | None, search: Path | None, evaluation: Path | None) -> Texts:
+    note = None
+    if calibration is None:
+        parts = {role: corpus.bundled_corpus(role) for role in ("calibration", "search", "evaluation")}
+        if model_name != BUNDLED:
+            note = (
+                "No --calibration file was given: scores, search, training and judging used the source of Python's "
+                "standard library, which may be far from what the model was made for."
+            )
+    else:
+        parts = corpus.split_corpus(corpus.read_corpus(calibration, "calibration"))
+    for role, path in (("search", search), ("evaluation", evaluation)):
+        if path is not None:
+            parts[role] = corpus.read_corpus(path, role)
+    corpus.check_disjoint(*parts.values())
+    return Texts(parts["calibration"], parts["search"], parts["evaluation"], note)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that can be served, with all that is known before any weight is read."""
+
+    shape: Shape
+    recipe: Recipe
+    budget: Budget
+    limit_bytes: int
+    counts: widths.Counts
+    tokenizer: PreTrainedTokenizerBase
+    texts: Texts
+    calibration: Windows
+    training: Windows | None
+    search: Windows
+    evaluation: Windows
+    output: Path
+    seed: int
+    weights_digest: str
+
+
+def prepare(
+    model: str,
+    budget: str,
+    output: Path,
+    *,
+    recipe: Recipe,
+    calibration: Path | None,
+    search_text: Path | None,
+    evaluation: Path | None,
+    seed: int,
+) -> Prepared:
+    require(recipe)
+    parsed = Budget.parse(budget)
+    source = load.inspect_source(model)
+    require_weights(source)
+    shape = shape_of(source)
+    limit = limit_of(parsed, source)
+    counts = widths_for(shape, recipe, limit)
+    tokenizer = load.load_tokenizer(source)
+    texts = choose_texts(source.name, calibration, search_text, evaluation)
+    length = min(recipe.window, source.context_length or recipe.window)
+
+    def cut(text: Corpus, n: int, fewest: int, seed: int | None = seed) -> Windows:
+        return corpus.token_windows(text, tokenizer, length=length, n_windows=n, fewest=fewest, seed=seed)
+
+    prepared = Prepared(
+        shape=shape,
+        recipe=recipe,
+        budget=parsed,
+        limit_bytes=limit,
+        counts=counts,
+        tokenizer=tokenizer,
+        texts=texts,
+        calibration=cut(texts.calibration, recipe.calibration_windows, 4),
+        training=cut(texts.calibration, recipe.steps * recipe.batch_size, 4) if recipe.steps else None,
+        search=cut(texts.search, recipe.search_windows, 2),
+        evaluation=cut(texts.evaluation, recipe.evaluation_windows, 2, seed=None),
+        output=output,
+        seed=seed,
+        weights_digest=checkpoint.weights_digest(source.folder),
+    )
+    checkpoint.check_finite(source.folder)
+    check_output(prepared)
+    return prepared
+
+
+def require_weights(source: load.Source) -> None:
+    """A configuration alone will do for `inspect`, for nothing else."""
+    if source.folder is None:
+        raise ModelError(
+            f"{source.name!r} is a configuration without weights. Give the folder that has its safetensors."
+        )
+
+
+def require(recipe: Recipe) -> None:
+    """The optional packages that this recipe and the report need, named before anything starts."""
+    needed = {"plotly": "report"} | ({"botorch": "search"} if recipe.allocation == "bayesian" else {})
+    for package, extra in needed.items():
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(f"{package} is not installed, which this run needs: pip install 'qpruner[{extra}]'")
+    if recipe.allocation != "uniform" and len(recipe.bits) == 1:
+        raise RecipeError(
+            f"recipe {recipe.name!r} has allocation {recipe.allocation!r} but one choice of bits, {recipe.bits[0]}."
+        )
+
+
+def check_output(prepared: Prepared) -> None:
+    """Refuse a folder that holds something else, and a disk that cannot take what will be written."""
+    output = prepared.output
+    if output.exists() and not is_artifact(output):
+        raise OutputError(f"{output} exists and is no artifact of qpruner. Name another folder, or remove it.")
+    parent = next(p for p in output.absolute().parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    # The artifact is written beside its final place, and the run keeps scores and adapters: less than as much again.
+    needed = 2 * prepared.limit_bytes
+    if free < needed:
+        raise OutputError(
+            f"{parent} has {free:,} bytes free; this run may write {needed:,}. Make room, or name another place."
+        )
+
+
+def is_artifact(folder: Path) -> bool:
+    manifest = folder / "manifest.json"
+    return manifest.is_file() and "qpruner" in json.loads(manifest.read_text()).get("made_by", "")

@@ -1,0 +1,52 @@
+"""Tables for the terminal."""
+
+from collections import Counter
+
+from rich.table import Table
+
+
+def inspection_table(found: dict) -> Table:
+    """Groups of a model, alike layers in one row, and what a recipe would leave of it."""
+    size = f"{found['parameters']:,} parameters, {found['bytes_16bit']:,} bytes at 16 bits"
+    table = Table(title=f"{found['model']} ({found['architecture']}): {size}")
+    for name in ("group", "layers", "units each", "kind", "can be pruned"):
+        table.add_column(name)
+    alike = Counter((_pattern(g["name"], g["layer"]), g["units"], g["kind"], g["prunable"]) for g in found["groups"])
+    for (pattern, units, kind, prunable), count in alike.items():
+        table.add_row(pattern, str(count), f"{units:,}", kind.replace("_", " "), "yes" if prunable else "no")
+    notes = list(found["notes"])
+    if predicted := found.get("predicted"):
+        notes.append(
+            f"{predicted['recipe']}: {predicted['parameters']:,} parameters, {predicted['bytes']:,} bytes "
+            f"of {predicted['limit_bytes']:,} allowed"
+        )
+    table.caption = "\n".join(notes) or None
+    return table
+
+
+def _pattern(name: str, layer: int) -> str:
+    return ".".join("*" if part == str(layer) else part for part in name.split("."))
+
+
+def mapping_table(found: dict) -> Table:
+    """One row per value; nested values are indented under their name."""
+    table = Table(show_header=False)
+    for key, value in found.items():
+        if isinstance(value, dict):
+            table.add_row(key, "")
+            for inner, number in value.items():
+                table.add_row(f"  {inner}", _text(number))
+        else:
+            table.add_row(key, _text(value))
+    return table
+
+
+def study_table(columns: tuple[str, ...], cells: list[tuple[str, ...]]) -> Table:
+    table = Table(*columns)
+    for row in cells:
+        table.add_row(*row)
+    return table
+
+
+def _text(value) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,71 @@
+"""The command line as a user meets it: exit statuses, one-line errors, JSON."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_folder import save, tiny_model
+
+SIZES = dict(hidden_size=64, intermediate_size=128, num_attention_heads=8, num_key_value_heads=4)
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def qpruner(*words, cwd=None) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "qpruner.cli", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "tiny"
+    return save(tiny_model("llama", **SIZES).to(torch.bfloat16), folder, tokenizer=True)
+
+
+def test_help_names_every_verb():
+    found = qpruner("--help")
+    assert found.returncode == 0
+    for verb in ("compress", "inspect", "evaluate", "study", "demo"):
+        assert verb in found.stdout
+
+
+def test_inspect_prints_json_from_a_configuration_alone(model):
+    found = qpruner("inspect", model / "config.json", "--json")
+    assert found.returncode == 0, found.stderr
+    shown = json.loads(found.stdout)
+    assert shown["bytes_16bit"] == 2 * shown["parameters"]
+    assert {g["kind"] for g in shown["groups"]} == {"kv_group", "channel"}
+
+
+def test_evaluate_prints_what_checks_rely_on(model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("some words, and then some more of them\n" * 60)
+    found = qpruner("evaluate", model, "--text", text, "--json")
+    assert found.returncode == 0, found.stderr
+    shown = json.loads(found.stdout)
+    keys = {"loss", "standard_error", "perplexity", "bits_per_byte", "n_tokens", "protocol"}
+    assert keys <= set(shown)
+    assert 0 < shown["loss"] < 10 and shown["n_tokens"] > 1000
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["compress", "nowhere", "--budget", "50%", "-o", "out"], "nowhere"),
+        (["compress", "MODEL", "--budget", "half", "-o", "out"], "budget 'half' cannot be read"),
+        (["compress", "MODEL", "--budget", "1%", "-o", "out"], "smallest reachable"),
+        (["compress", "MODEL", "--budget", "50%", "-o", "out", "--recipe", "none"], "no recipe 'none'"),
+        (["compress", "MODEL", "--budget", "50%", "-o", "out", "--calibration", "empty.txt"], "empty"),
+        (["evaluate", "MODEL", "--text", "absent.txt"], "absent.txt"),
+        (["compress", "MODEL", "-o", "out"], "budget"),
+    ],
+)
+def test_what_cannot_be_served_exits_with_2_and_writes_nothing(model, tmp_path, words, message):
+    (tmp_path / "empty.txt").write_text("")
+    found = qpruner(*[model if w == "MODEL" else w for w in words], cwd=tmp_path)
+    assert found.returncode == 2, found.stderr
+    assert message in found.stderr and "Traceback" not in found.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["empty.txt"]

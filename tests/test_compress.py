@@ -1,0 +1,261 @@
+"""The main job on a tiny model: what ships is what was predicted, judged, and asked for."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_folder import save, tiny_model
+
+from qpruner import api
+from qpruner.errors import BudgetError, CorpusError, OutputError, RecipeError
+from qpruner.plan import Plan
+
+SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
+QUICK = "steps=4,batch_size=2,window=64,calibration_windows=8,search_windows=4,evaluation_windows=4,width_grid=16"
+RECIPE = f"qpruner[{QUICK},trials=12]"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    return save(tiny_model("llama", **SMALL).to(torch.bfloat16), folder, tokenizer=True)
+
+
+def compress(model, out, **options) -> api.Result:
+    defaults = dict(recipe=RECIPE, measure_speed=False)
+    return api.compress(str(model), options.pop("budget", "50%"), out, **(defaults | options))
+
+
+@pytest.fixture(scope="module")
+def result(model, tmp_path_factory) -> api.Result:
+    return compress(model, tmp_path_factory.mktemp("run") / "out")
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_sizes_are_as_asked_and_predicted(result):
+    manifest = json.loads((result.artifact / "manifest.json").read_text())
+    on_disk = sum(p.stat().st_size for p in result.artifact.rglob("*.safetensors"))
+    assert manifest["bytes"]["predicted"] == manifest["bytes"]["on_disk"] == on_disk <= manifest["bytes"]["asked"]
+    assert manifest["recipe"]["trials"] == 12 and manifest["seed"] == 0
+
+
+def test_the_budget_is_used(result):
+    """What is left over is less than what one more upgraded projection would take."""
+    manifest = json.loads((result.artifact / "manifest.json").read_text())
+    plan = Plan.read(result.artifact / "plan.json")
+    assert {s.bits for s in plan.specs.values()} == {4, 8}
+    assert manifest["bytes"]["on_disk"] > 0.95 * manifest["bytes"]["asked"]
+
+
+def test_protected_layers_are_whole_and_others_cut(result):
+    kept = Plan.read(result.artifact / "plan.json").kept
+    assert [len(kept[f"model.layers.{i}.mlp"]) for i in range(4)] == [128, 96, 96, 128]
+    assert [len(kept[f"model.layers.{i}.self_attn"]) for i in range(4)] == [4, 3, 3, 4]
+
+
+FRESH = """
+import sys, json, torch, qpruner
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+AutoTokenizer.from_pretrained(sys.argv[1])
+ids = torch.arange(3, 40)[None]
+loss = model(input_ids=ids, labels=ids).loss.item()
+tokens = model.generate(ids[:, :5], max_new_tokens=6, do_sample=False)
+print(json.dumps([type(model).__name__, loss, tokens.tolist()]))
+"""
+
+
+def test_the_artifact_loads_in_a_fresh_process_as_its_original_class(result):
+    found = subprocess.run(
+        [sys.executable, "-c", FRESH, str(result.artifact)], capture_output=True, text=True, check=True
+    )
+    name, loss, tokens = json.loads(found.stdout.splitlines()[-1])
+    assert name == "LlamaForCausalLM"
+    assert len(tokens[0]) == 11
+    from transformers import AutoModelForCausalLM
+
+    here = AutoModelForCausalLM.from_pretrained(result.artifact, dtype=torch.float32)
+    ids = torch.arange(3, 40)[None]
+    assert here(input_ids=ids, labels=ids).loss.item() == pytest.approx(loss, abs=1e-6)
+
+
+def test_the_reported_loss_is_that_of_the_files(result):
+    manifest = json.loads((result.artifact / "manifest.json").read_text())
+    found = api.evaluate(str(result.artifact), window=64, windows=4)
+    assert found["loss"] == pytest.approx(manifest["evaluation"]["artifact"]["loss"], abs=1e-6)
+
+
+def test_adapters_are_applied_without_being_asked(result, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    bare = tmp_path / "bare"
+    shutil.copytree(result.artifact, bare)
+    shutil.rmtree(bare / "adapter")
+    ids = torch.arange(3, 40)[None]
+    logits = [
+        AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32)(input_ids=ids).logits
+        for f in (result.artifact, bare)
+    ]
+    assert (logits[0] - logits[1]).abs().max() > 1e-3
+
+
+def test_no_dense_copy_is_kept_in_memory(result):
+    from transformers import AutoModelForCausalLM
+
+    from qpruner.judge.speed import tensor_bytes
+
+    model = AutoModelForCausalLM.from_pretrained(result.artifact)
+    stored = sum(t.nbytes for f in result.artifact.rglob("*.safetensors") for t in load_file(f).values())
+    rotary = sum(b.nbytes for n, b in model.named_buffers() if "inv_freq" in n)
+    adapters = sum(t.nbytes for t in load_file(result.artifact / "adapter/adapter_model.safetensors").values())
+    assert tensor_bytes(model) <= stored + adapters + rotary  # adapters are float32 in memory
+
+
+def test_the_same_request_gives_the_same_bytes(model, result, tmp_path):
+    again = compress(model, tmp_path / "out")
+    assert weights(again.artifact) == weights(result.artifact)
+
+
+def test_another_seed_gives_another_artifact(model, result, tmp_path):
+    other = compress(model, tmp_path / "out", seed=1)
+    assert weights(other.artifact)["model.safetensors"] != weights(result.artifact)["model.safetensors"]
+
+
+def test_a_finished_run_is_not_run_again(model, result):
+    before = weights(result.artifact)
+    seen = []
+    again = compress(model, result.artifact, on_progress=lambda *stage: seen.append(stage))
+    assert not seen and weights(again.artifact) == before and again.facts == result.facts
+
+
+def test_another_request_does_not_overwrite(model, result):
+    with pytest.raises(OutputError, match="holds an artifact of another request"):
+        compress(model, result.artifact, seed=5)
+
+
+@pytest.mark.parametrize("stage", ["importance", "sensitivity", "search", "recovery", "judging the artifact"])
+def test_an_interrupted_run_ends_in_the_same_bytes(model, result, tmp_path, stage):
+    class Interrupted(Exception):
+        pass
+
+    def stop(name: str, done: int, total: int) -> None:
+        if name == stage and done >= min(2, total):
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        compress(model, tmp_path / "out", on_progress=stop)
+    assert not (tmp_path / "out").exists()
+    seen = set()
+    again = compress(model, tmp_path / "out", on_progress=lambda name, *_: seen.add(name))
+    assert weights(again.artifact) == weights(result.artifact)
+    assert ("importance" in seen) == (stage == "importance"), "finished stages are read back, not computed again"
+
+
+def test_a_killed_run_continues(model, result, tmp_path):
+    """SIGKILL in the middle of the search; nothing is cleaned up."""
+    code = (
+        "import torch; torch.set_num_threads(1)\n"
+        "from qpruner import api\n"
+        f"api.compress({str(model)!r}, '50%', {str(tmp_path / 'out')!r}, recipe={RECIPE!r}, measure_speed=False)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    trials = tmp_path / "out.run/trials.jsonl"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if trials.is_file() and len(trials.read_text().splitlines()) > 4:
+            os.kill(process.pid, signal.SIGKILL)
+            break
+        time.sleep(0.01)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert weights(compress(model, tmp_path / "out").artifact) == weights(result.artifact)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "random", "mutual-information", "sensitivity"])
+def test_every_allocation_meets_the_budget(model, tmp_path, allocation):
+    made = compress(model, tmp_path / "out", recipe=f"qpruner[{QUICK},allocation={allocation}]")
+    assert made.facts.sizes.on_disk <= made.facts.sizes.asked
+    assert made.facts.search is None
+
+
+@pytest.mark.parametrize("changes", ["adapters=merged", "adapter_rank=0,steps=0", "bit_unit=layer,information=binned"])
+def test_other_choices_of_the_recipe(model, tmp_path, changes):
+    made = compress(model, tmp_path / "out", recipe=f"qpruner[{QUICK},allocation=uniform,{changes}]")
+    assert made.facts.sizes.on_disk <= made.facts.sizes.asked
+    assert (made.artifact / "adapter").exists() == (changes.startswith("bit_unit"))
+
+
+def test_llm_pruner_stays_at_16_bits(model, tmp_path):
+    made = compress(model, tmp_path / "out", budget="80%", recipe=f"llm-pruner[{QUICK}]")
+    plan = Plan.read(made.artifact / "plan.json")
+    assert {s.bits for s in plan.specs.values()} == {16}
+    assert made.facts.sizes.on_disk <= made.facts.sizes.asked
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "opt", "phi3"])
+def test_other_families_go_through(family, tmp_path):
+    sizes = {k: v for k, v in SMALL.items() if k != "num_key_value_heads" or family == "phi3"}
+    if family == "gpt2":
+        sizes = dict(n_embd=64, n_layer=4, n_head=8)
+    if family == "opt":
+        sizes = sizes | dict(ffn_dim=128, word_embed_proj_dim=64)
+    folder = save(tiny_model(family, **sizes).to(torch.bfloat16), tmp_path / family, tokenizer=True)
+    made = compress(folder, tmp_path / "out", recipe=f"qpruner[{QUICK},allocation=mutual-information]")
+    assert made.facts.sizes.on_disk <= made.facts.sizes.asked < made.facts.sizes.original_16bit
+    assert made.facts.parameters_after < made.facts.parameters_before
+
+
+def test_a_user_s_own_text_is_split_in_three(model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {i} says that {i * 37 % 101} follows {i % 13}" for i in range(4000)))
+    made = compress(model, tmp_path / "out", recipe=f"qpruner[{QUICK},allocation=uniform]", calibration=text)
+    assert "text.txt" in made.facts.protocol
+    digests = json.loads((made.artifact / "manifest.json").read_text())["digests"]["texts"]
+    assert len(set(digests.values())) == 3
+
+
+# --- what cannot be served leaves nothing behind ---
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        (dict(budget="1%"), BudgetError, r"smallest reachable is [\d,]+ bytes \(.*embeddings"),
+        (dict(budget="150%"), BudgetError, "Nothing needs to be compressed"),
+        (dict(budget="lots"), BudgetError, "cannot be read"),
+        (dict(recipe="qpruner[colour=blue]"), RecipeError, "colour"),
+        (dict(recipe="llm-pruner-20"), RecipeError, "prunes layers 4 to 29; the model has layers 0 to 3"),
+        (dict(recipe="llm-pruner[allocation=bayesian]"), RecipeError, "one choice of bits"),
+        (dict(calibration="nowhere.txt"), CorpusError, "nowhere.txt"),
+    ],
+)
+def test_refusals_write_nothing(model, tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        compress(model, tmp_path / "sub" / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_something_else_is_left_alone(model, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("mine")
+    with pytest.raises(OutputError, match="no artifact of qpruner"):
+        compress(model, tmp_path / "out")
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "thesis.tex"]
+
+
+def test_a_full_disk_is_noticed_before_the_work(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(OutputError, match="0 bytes free"):
+        compress(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,78 @@
+"""Importance of units: measured through hooks, equal to the formula on gradients taken the plain way."""
+
+import pytest
+import torch
+from tiny import tiny
+
+from qpruner.decide.scores import SCORERS
+from qpruner.model.discover import discover
+
+FAMILIES = ("llama", "gpt2", "gpt_neox")
+WINDOWS = torch.arange(48).reshape(4, 12) % 29 + 1
+
+
+def run(name: str, model, graph):
+    return SCORERS[name](model, graph, WINDOWS, torch.Generator().manual_seed(0), lambda done, total: None)
+
+
+def gradients(model, graph):
+    """Every weight's gradient for each window, by autograd and nothing else."""
+    found = {name: [] for name in graph.linears}
+    weights = [model.get_submodule(name).weight for name in graph.linears]
+    for window in WINDOWS:
+        loss = model(input_ids=window[None], labels=window[None]).loss
+        for name, g in zip(found, torch.autograd.grad(loss, weights), strict=True):
+            found[name].append(g)
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["vector", "element-first", "element-second", "element-mixed"])
+def test_scores_are_the_formula(family, kind):
+    model = tiny(family)
+    graph = discover(model)
+    expected_gradients = gradients(model, graph)
+    scores = run(kind, model, graph)
+    for name, group in graph.groups.items():
+        expected = torch.zeros(group.n_units, dtype=torch.float64)
+        for tables, dim in ((group.producers, 1), (group.consumers, 0)):
+            for linear, table in tables.items():
+                turn = (lambda t: t.T) if graph.linears[linear].transposed else (lambda t: t)
+                W = turn(model.get_submodule(linear).weight.detach())
+                samples = torch.stack([turn(g) for g in expected_gradients[linear]])
+                first, second = W * samples.mean(0), W.square() * samples.square().mean(0)
+                vector = {
+                    "vector": first.sum(dim).abs(),
+                    "element-first": first.abs().sum(dim),
+                    "element-second": second.sum(dim),
+                    "element-mixed": (first - 0.5 * second).abs().sum(dim),
+                }[kind]
+                expected += vector[table].sum(1)
+        torch.testing.assert_close(scores[name].double(), expected, rtol=1e-4, atol=1e-9)
+
+
+def test_measuring_leaves_the_model_alone():
+    model = tiny("llama")
+    flags = [p.requires_grad for p in model.parameters()]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    run("element-mixed", model, discover(model))
+    assert flags == [p.requires_grad for p in model.parameters()]
+    assert all(p.grad is None and not p._backward_hooks for p in model.parameters())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_a_dead_channel_has_no_importance():
+    model = tiny("llama")
+    model.get_submodule("model.layers.0.mlp.down_proj").weight.data[:, 3] = 0
+    model.get_submodule("model.layers.0.mlp.up_proj").weight.data[3] = 0
+    graph = discover(model)
+    for kind in ("vector", "element-first", "element-second", "element-mixed"):
+        assert run(kind, model, graph)["model.layers.0.mlp"][3] == 0
+
+
+def test_random_scores_depend_on_the_seed_alone():
+    graph = discover(tiny("llama"))
+    draw = lambda seed: SCORERS["random"](None, graph, WINDOWS, torch.Generator().manual_seed(seed), None)
+    one, same, other = draw(1), draw(1), draw(2)
+    assert all(torch.equal(one[n], same[n]) for n in one)
+    assert any(not torch.equal(one[n], other[n]) for n in one)
