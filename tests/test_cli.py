@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -69,3 +70,32 @@ def test_what_cannot_be_served_exits_with_2_and_writes_nothing(model, tmp_path, 
     assert found.returncode == 2, found.stderr
     assert message in found.stderr and "Traceback" not in found.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["empty.txt"]
+
+
+def test_an_interrupted_run_exits_with_130_and_can_be_continued(model, tmp_path):
+    quick = "steps=2,window=64,calibration_windows=2,search_windows=2,evaluation_windows=2"
+    recipe = f"qpruner[allocation=uniform,{quick}]"
+    words = [
+        sys.executable,
+        "-m",
+        "qpruner.cli",
+        "compress",
+        str(model),
+        "--budget",
+        "70%",
+        "-o",
+        "out",
+        "--recipe",
+        recipe,
+    ]
+    process = subprocess.Popen(words, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.startswith("importance"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command continues" in rest
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.run/stages.json").is_file()
+    done = subprocess.run(words, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/model.safetensors").is_file()

@@ -15,12 +15,12 @@ _API = ("compress", "evaluate", "inspect", "study")
 
 @when_imported("transformers.models.auto.configuration_auto")
 def _register_config(module) -> None:
-    import_module("qpruner.artifact.config").register()
+    import_module("qpruner.artifact.config")
 
 
 @when_imported("transformers.models.auto.modeling_auto")
 def _register_model(module) -> None:
-    import_module("qpruner.artifact.loader").register()
+    import_module("qpruner.artifact.loader")
 
 
 def __getattr__(name: str):

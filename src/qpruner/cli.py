@@ -3,6 +3,7 @@
 Exit status: 0 done; 2 the request or its input cannot be served; 1 a fault of ours; 130 interrupted.
 """
 
+import errno
 import functools
 import json
 from pathlib import Path
@@ -30,6 +31,11 @@ def with_status(verb):
             verb(*args, **kwargs)
         except QPrunerError as error:
             message, status = str(error), 2
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            message = f"the disk is full: {error.filename or error}. Make room; the same command continues."
+            status = 2
         except KeyboardInterrupt:
             message, status = "interrupted; the same command continues where this run stopped.", 130
         else:

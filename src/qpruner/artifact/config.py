@@ -5,13 +5,17 @@ no more than a warning; a type that it does not know is refused with an error, w
 """
 
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
 MODEL_TYPE = "qpruner"
 
 
 class QPrunerConfig(PreTrainedConfig):
-    """base_config: the original model's configuration, as its `to_dict()`."""
+    """base_config: the original model's configuration, as its `to_dict()`.
+
+    Beside it stand the common dimensions of the original, and in transformers' `per_layer_config` what differs
+    from them in each layer, for tools that read those.
+    """
 
     model_type = MODEL_TYPE
 
@@ -27,7 +31,6 @@ class QPrunerConfig(PreTrainedConfig):
         return original
 
 
-def register() -> None:
-    from transformers.models.auto.configuration_auto import AutoConfig
-
-    AutoConfig.register(MODEL_TYPE, QPrunerConfig, exist_ok=True)
+# Here and not in a function: importing this module and importing transformers' auto classes each bring in the other;
+# whichever comes first, the type is known at the end.
+AutoConfig.register(MODEL_TYPE, QPrunerConfig, exist_ok=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from qpruner.artifact.config import QPrunerConfig
 from qpruner.errors import ModelError, listed
@@ -116,7 +117,5 @@ def _device(device_map) -> torch.device:
     return torch.device(f"cuda:{device_map}" if isinstance(device_map, int) else device_map or "cpu")
 
 
-def register() -> None:
-    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
-
-    AutoModelForCausalLM.register(QPrunerConfig, QPrunerForCausalLM, exist_ok=True)
+# As in config.py: known at the end of the import, whichever of this module and transformers' auto classes came first.
+AutoModelForCausalLM.register(QPrunerConfig, QPrunerForCausalLM, exist_ok=True)

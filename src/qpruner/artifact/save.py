@@ -21,6 +21,8 @@ TOKENIZER_FILES = (
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 
+WIDTHS = {"kv_group": ("num_attention_heads", "num_key_value_heads"), "channel": ("intermediate_size",)}
+
 
 def save_artifact(
     folder: Path,
@@ -48,10 +50,13 @@ def save_artifact(
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     if plan.adapter_ranks and plan.adapters == "beside":
         adapters.save_adapters(model, folder / ADAPTER, dtype=dtype)
+    whole = dimensions(source.config)
+    layers = per_layer_widths(whole, graph, plan)
     base = {k: v for k, v in source.config.to_dict().items() if k != "_name_or_path"}
     QPrunerConfig(
         base_config=base | {"dtype": str(dtype).removeprefix("torch.")},
-        per_layer=per_layer_widths(source.config, graph, plan),
+        **whole,
+        **({"per_layer_config": layers} if layers else {}),
         architectures=[type(model).__name__],
         dtype=dtype,
     ).save_pretrained(folder)
@@ -74,17 +79,21 @@ def stored_tensors(model: nn.Module, wanted: set[str], dtype: torch.dtype) -> di
     return found
 
 
-def per_layer_widths(original: PreTrainedConfig, graph: Graph, plan: Plan) -> dict[str, dict[str, int]]:
-    """What differs from the base configuration in each layer, in transformers' words for it."""
-    config = original.get_text_config(decoder=True)
-    names = {"kv_group": ("num_attention_heads", "num_key_value_heads"), "channel": ("intermediate_size",)}
+def dimensions(original: PreTrainedConfig) -> dict[str, int]:
+    """The dimensions that the original configuration states, in transformers' common words for them."""
+    text = original.get_text_config(decoder=True)
+    names = ("num_hidden_layers", "hidden_size", "vocab_size", *(n for kind in WIDTHS.values() for n in kind))
+    return {n: getattr(text, n) for n in names if isinstance(getattr(text, n, None), int)}
+
+
+def per_layer_widths(whole: dict[str, int], graph: Graph, plan: Plan) -> dict[str, dict[str, int]]:
+    """What differs from the original's dimensions in each layer."""
     widths: dict[str, dict[str, int]] = {}
     for name, group in graph.groups.items():
         kept = len(plan.kept[name])
-        for attribute in names[group.kind]:
-            whole = getattr(config, attribute, None)
-            if isinstance(whole, int) and kept < group.n_units:
-                widths.setdefault(str(group.layer), {})[attribute] = whole * kept // group.n_units
+        for attribute in WIDTHS[group.kind]:
+            if attribute in whole and kept < group.n_units:
+                widths.setdefault(str(group.layer), {})[attribute] = whole[attribute] * kept // group.n_units
     return widths
 
 

@@ -1,0 +1,91 @@
+"""Saving and loading: the same logits for every family, through transformers' own `from_pretrained`."""
+
+import json
+import random
+
+import pytest
+import torch
+from tiny import TINY, tiny
+from tiny_folder import save
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qpruner import prepare, recipe
+from qpruner.artifact.save import save_artifact, weight_bytes
+from qpruner.do.quantize import Candidates
+from qpruner.errors import ModelError
+from qpruner.model import load
+from qpruner.model.surgery import narrow_
+from qpruner.plan import SPECS
+
+IDS = torch.arange(3, 23)[None]
+
+
+def compressed(family: str, folder, *, bits: tuple[int, ...], rank: int = 2):
+    """A tiny random model, cut at random and stored with a mixture of bits; the folder, the model and its plan."""
+    source_folder = save(tiny(family, dtype=torch.float32).to(torch.bfloat16), folder / "source")
+    source = load.inspect_source(source_folder)
+    shape = prepare.shape_of(source)
+    draw = random.Random(1)
+    kept = {
+        name: sorted(draw.sample(range(g.n_units), max(1, g.n_units * (2 + g.layer % 2) // 4)))
+        for name, g in shape.graph.groups.items()
+    }
+    mixture = {name: draw.choice(bits) for name in shape.graph.linears}
+    plan = shape.plan(recipe.load(f"qpruner[adapter_rank={rank}]"), kept, mixture)
+    model = load.load_model(source)
+    narrow_(model, shape.graph, plan.kept)
+    Candidates(model, shape.graph, plan, adapter_dtype=torch.bfloat16).put_(plan.specs)
+    save_artifact(
+        folder / "out", model, shape.graph, plan, expected=shape.stored(plan), dtype=torch.bfloat16, source=source
+    )
+    return folder / "out", model, plan, shape
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+@pytest.mark.parametrize("bits", [(16,), (4, 8, 16)])
+def test_save_and_load_give_the_same_logits(family, bits, tmp_path):
+    folder, model, plan, shape = compressed(family, tmp_path, bits=bits, rank=0 if bits == (16,) else 2)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert type(loaded) is type(model)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits, rtol=0, atol=1e-6)
+    assert weight_bytes(folder) == shape.size(plan).total
+
+
+def test_the_configuration_says_what_each_layer_has(tmp_path):
+    folder, *_ = compressed("llama", tmp_path, bits=(4, 8))
+    config = AutoConfig.from_pretrained(folder)
+    plan = json.loads((folder / "plan.json").read_text())
+    for layer in range(config.num_hidden_layers):
+        assert config.per_layer_config[layer].num_key_value_heads == len(
+            plan["kept"][f"model.layers.{layer}.self_attn"]
+        )
+        assert config.per_layer_config[layer].intermediate_size == len(plan["kept"][f"model.layers.{layer}.mlp"])
+
+
+def test_scales_keep_their_precision_whatever_dtype_is_asked_for(tmp_path):
+    folder, *_ = compressed("llama", tmp_path, bits=(4,))
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        assert {b.dtype for n, b in model.named_buffers() if n.endswith("scales")} == {torch.float16}
+        assert model.get_input_embeddings().weight.dtype == dtype
+
+
+def test_a_changed_folder_is_refused(tmp_path):
+    folder, *_ = compressed("llama", tmp_path, bits=(4, 8))
+    plan = json.loads((folder / "plan.json").read_text())
+    name = next(n for n, s in plan["specs"].items() if s["bits"] == 4)
+    plan["specs"][name] = SPECS[16].model_dump()
+    (folder / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(ModelError, match="does not fit its plan"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_an_artifact_without_the_package_is_an_error_not_random_weights(tmp_path):
+    import subprocess
+    import sys
+
+    folder, *_ = compressed("llama", tmp_path, bits=(4,))
+    code = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode and "qpruner" in found.stderr
