@@ -1,19 +1,24 @@
 """The verbs: what the command line offers, as functions of the same names and parameters."""
 
+import json
 import os
 import shlex
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from qpruner import __version__
 from qpruner import recipe as recipes
+from qpruner.decide import widths
 from qpruner.errors import OutputError
+from qpruner.judge import loss as judge
+from qpruner.model import corpus, cost, load
+from qpruner.plan import Budget
 from qpruner.prepare import Prepared, is_artifact, limit_of, prepare, require_weights, shape_of, widths_for
 from qpruner.progress import OnProgress, silent
 from qpruner.recipe import Recipe
 from qpruner.report.facts import Facts
 from qpruner.run import Run, digest_of, write_text
+from qpruner.study import study as run_study
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,11 @@ def compress(
     Raises:
         QPrunerError: the request or its input cannot be served; nothing was written.
     """
+    from qpruner.artifact.save import write_manifest
+    from qpruner.compress import Compression, partial
+    from qpruner.facts import facts_of, manifest_of
+    from qpruner.report.page import page
+
     chosen = recipes.load(recipe) if isinstance(recipe, str) else recipe
     if trials is not None:
         chosen = chosen.model_copy(update={"trials": trials})
@@ -70,34 +80,26 @@ def compress(
     if is_artifact(output):
         return _finished(output, run_folder, request)
 
-    from qpruner.compress import Compression, partial
-    from qpruner.facts import facts_of, manifest_of
-    from qpruner.report.page import page
-
     output.parent.mkdir(parents=True, exist_ok=True)
     with Run(run_folder, shared=shared) as run:
         run.event("start", request=digest_of(request))
-        started = time.monotonic()
         decided, measured = Compression(prepared, run, on_progress, measure_speed=measure_speed)()
-        flags = {
-            "--calibration": calibration,
-            "--search-text": search_text,
-            "--evaluation": evaluation,
-            "--trials": trials,
-        }
-        words = ["qpruner", "compress", model, "--budget", budget, "-o", str(output), "--recipe", chosen.name]
-        words += [w for flag, value in flags.items() if value is not None for w in (flag, str(value))]
-        facts = facts_of(
-            prepared, decided, measured, command=shlex.join([*words, "--seed", str(seed)]), seconds=run.seconds()
-        )
-        from qpruner.artifact.save import write_manifest
-
+        command = _command(model, budget, output, chosen.name, seed, texts | {"trials": trials})
+        facts = facts_of(prepared, decided, measured, command=command, seconds=run.seconds())
         write_manifest(partial(output), manifest_of(prepared, decided, measured, request))
         write_text(run_folder / "facts.json", facts.to_json())
         write_text(report, page(facts))
         os.replace(partial(output), output)
-        run.event("done", seconds=round(time.monotonic() - started, 3))
+        run.event("done")
     return Result(output, report, facts)
+
+
+def _command(model: str, budget: str, output: Path, recipe: str, seed: int, options: dict) -> str:
+    """What a person types to repeat the run."""
+    words = ["qpruner", "compress", model, "--budget", budget, "-o", str(output), "--recipe", recipe]
+    for name, value in options.items():
+        words += [] if value is None else ["--" + name.replace("_", "-"), str(value)]
+    return shlex.join([*words, "--seed", str(seed)])
 
 
 def request_of(prepared: Prepared) -> dict:
@@ -114,8 +116,6 @@ def request_of(prepared: Prepared) -> dict:
 
 
 def _finished(output: Path, run_folder: Path, request: dict) -> Result:
-    import json
-
     manifest = json.loads((output / "manifest.json").read_text())
     if manifest.get("request") != digest_of(request):
         raise OutputError(
@@ -136,10 +136,6 @@ def inspect(model: str, *, recipe: str | Recipe | None = None, budget: str | Non
         `parameters`, `bytes_16bit`, `groups` (name, layer, kind, units, whether it can be pruned), `notes`; with a
         recipe `predicted`: parameters, bytes, the kept units of each group.
     """
-    from qpruner.decide import widths
-    from qpruner.model import cost, load
-    from qpruner.plan import Budget
-
     source = load.inspect_source(model)
     shape = shape_of(source)
     found = {
@@ -191,9 +187,6 @@ def evaluate(
         windows: at most this many, from the start.
         reference: another model, for the KL divergence to it.
     """
-    from qpruner.judge import loss as judge
-    from qpruner.model import corpus, load
-
     source = load.inspect_source(model)
     require_weights(source)
     tokenizer = load.load_tokenizer(source)
@@ -213,6 +206,4 @@ def evaluate(
 
 def study(model: str, runs: list[str], output: str | Path, **options) -> dict:
     """Several recipes on the same model, texts and budgets; see `qpruner.study`."""
-    from qpruner.study import study as run_study
-
-    return run_study(model, runs, Path(output), **options)
+    return run_study(model, runs, Path(output), compress=compress, **options)

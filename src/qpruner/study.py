@@ -6,19 +6,20 @@ command continues it.
 
 import json
 import re
-import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qpruner import recipe as recipes
 from qpruner.errors import RecipeError
+from qpruner.judge.loss import mean_difference
 from qpruner.progress import OnProgress, silent
 from qpruner.run import write_text
 
 
 def split_recipes(texts: Sequence[str]) -> list[str]:
     """Recipes from one or several arguments: apart at spaces, and at commas outside brackets."""
-    return [name for text in texts for name in re.split(r"[\s,]+(?![^\[]*\])", text.strip()) if name]
+    one = r"[^\s,\[]+(?:\[(?:[^\[\]]|\[[^\]]*\])*\])?"  # a name, and changes in brackets that may hold lists
+    return [name for text in texts for name in re.findall(one, text)]
 
 
 def study(
@@ -26,6 +27,7 @@ def study(
     runs: Sequence[str],
     output: Path,
     *,
+    compress: Callable,
     budgets: Sequence[str] = ("50%",),
     seeds: int = 3,
     baseline: str | None = None,
@@ -38,12 +40,11 @@ def study(
 
     Args:
         runs: recipes, as `compress` takes them.
+        compress: `qpruner.api.compress`.
         baseline: the one of `runs` that the others are compared with; the first by default.
     Returns:
         `rows`, one per budget and recipe; also written to study.json and table.md in the output folder.
     """
-    from qpruner.api import compress
-
     runs = split_recipes(runs)
     baseline = baseline or runs[0]
     if baseline not in runs:
@@ -89,8 +90,8 @@ def _row(budget: str, name: str, cells: list[dict], baseline: list[dict]) -> dic
     original = over_seeds("original", cells)
     by_seed = [sum(c["losses"]) / len(c["losses"]) for c in cells]
     mean = sum(by_seed) / len(by_seed)
-    increase, increase_error = paired_difference(losses, original)
-    difference, difference_error = paired_difference(losses, reference)
+    increase, increase_error = mean_difference(losses, original)
+    difference, difference_error = mean_difference(losses, reference)
     return {
         "budget": budget,
         "recipe": name,
@@ -106,15 +107,9 @@ def _row(budget: str, name: str, cells: list[dict], baseline: list[dict]) -> dic
         "against_baseline": difference,
         "against_baseline_error": difference_error,
         "against_baseline_by_seed": [
-            paired_difference(c["losses"], b["losses"])[0] for c, b in zip(cells, baseline, strict=True)
+            mean_difference(c["losses"], b["losses"])[0] for c, b in zip(cells, baseline, strict=True)
         ],
     }
-
-
-def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """Mean of a - b over the windows and its standard error: what both find hard cancels."""
-    differences = [x - y for x, y in zip(a, b, strict=True)]
-    return statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
 
 
 COLUMNS = ("budget", "recipe", "bytes", "loss (nats/token)", "increase ± s.e.", "by seed", "against baseline ± s.e.")

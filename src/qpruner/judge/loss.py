@@ -6,7 +6,7 @@ tokens of one window depend on each other, and counting them as independent woul
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -186,8 +186,12 @@ def paired_difference(a: LossReport | KLReport, b: LossReport | KLReport) -> tup
     """
     if a.protocol != b.protocol:
         raise ValueError(f"no paired difference between '{a.protocol}' and '{b.protocol}'")
-    first, second = (torch.tensor(report.window_losses, dtype=torch.float64) for report in (a, b))
-    return _mean_and_error(first - second)
+    return mean_difference(a.window_losses, b.window_losses)
+
+
+def mean_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+    """Mean of a - b over the same windows, and its standard error."""
+    return _mean_and_error(torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64))
 
 
 def _kl(
