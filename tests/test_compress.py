@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny_folder import save, tiny_model
 
 from qpruner import api
-from qpruner.errors import BudgetError, CorpusError, OutputError, RecipeError
+from qpruner.errors import BudgetError, CorpusError, ModelError, OutputError, RecipeError
 from qpruner.plan import Plan
 
 SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
@@ -189,7 +189,10 @@ def test_every_allocation_meets_the_budget(model, tmp_path, allocation):
     assert made.facts.search is None
 
 
-@pytest.mark.parametrize("changes", ["adapters=merged", "adapter_rank=0,steps=0", "bit_unit=layer,information=binned"])
+@pytest.mark.parametrize(
+    "changes",
+    ["adapters=merged", "adapter_rank=0,steps=0", "loftq_iterations=0,steps=0", "bit_unit=layer,information=binned"],
+)
 def test_other_choices_of_the_recipe(model, tmp_path, changes):
     made = compress(model, tmp_path / "out", recipe=f"qpruner[{QUICK},allocation=uniform,{changes}]")
     assert made.facts.sizes.on_disk <= made.facts.sizes.asked
@@ -244,6 +247,13 @@ def test_refusals_write_nothing(model, tmp_path, options, error, message):
     with pytest.raises(error, match=message):
         compress(model, tmp_path / "sub" / "out", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_artifact_is_no_model_to_compress(result, tmp_path):
+    with pytest.raises(ModelError, match="already compressed"):
+        compress(result.artifact, tmp_path / "again")
+    with pytest.raises(ModelError, match="Name the original model"):
+        api.inspect(str(result.artifact))
 
 
 def test_a_folder_with_something_else_is_left_alone(model, tmp_path):

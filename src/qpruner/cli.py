@@ -196,8 +196,7 @@ def _show_result(result, as_json: bool) -> None:
     from qpruner.report.page import text_table
 
     _print(text_table(result.facts))
-    for line in (f"artifact  {result.artifact}", f"report    {result.report}", "load it   " + result.facts.snippet):
-        typer.echo(line)
+    typer.echo(f"artifact  {result.artifact}\nreport    {result.report}\n\n{result.facts.snippet}")
 
 
 def _print(table) -> None:

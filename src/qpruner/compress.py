@@ -78,13 +78,16 @@ class Compression:
         model = load.load_model(self.shape.source)
         original = self._judge_original(model)
         decided, candidates = self._decide(model)
+        size = self.shape.size(decided.plan)
+        assert size.total <= self.prepared.limit_bytes, (
+            f"{size.total} bytes planned, {self.prepared.limit_bytes} allowed"
+        )
         write_text(self.run.folder / "plan.json", decided.plan.to_json())
         candidates.put_(decided.plan.specs)
         errors, before = candidates.errors(), self._search_loss(model)
         candidates.forget()
         curve = self._recover(model, decided.plan)
         after = self._search_loss(model) if curve else before
-        size = self.shape.size(decided.plan)
         folder = self._save(model, decided.plan, size)
         del model, candidates
         artifact = self._judge_artifact(folder, decided.plan)

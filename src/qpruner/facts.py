@@ -65,8 +65,8 @@ def facts_of(
         stages=tuple(report.Stage(name=name, seconds=s) for name, s in seconds.items()),
         warnings=warnings(prepared, decided, measured),
         notes=tuple(n for n in (prepared.texts.note, *prepared.shape.graph.notes) if n),
-        loads_in="transformers, after `import qpruner`, as an instance of the original class.",
-        snippet=f"import qpruner; from transformers import AutoModelForCausalLM; "
+        loads_in="transformers, once qpruner is imported, as an instance of the original class.",
+        snippet="import qpruner\nfrom transformers import AutoModelForCausalLM\n\n"
         f"model = AutoModelForCausalLM.from_pretrained({str(prepared.output)!r})",
     )
 

@@ -53,6 +53,7 @@ class Shape:
 
 
 def shape_of(source: load.Source) -> Shape:
+    require_original(source)
     skeleton = build_skeleton(source.config)
     return Shape(source, discover(skeleton), cost.named_tensors(skeleton), cost.TORCH_NAMES[load.stored_dtype(source)])
 
@@ -195,6 +196,14 @@ def prepare(
     checkpoint.check_finite(source.folder)
     check_output(prepared)
     return prepared
+
+
+def require_original(source: load.Source) -> None:
+    if source.parameters is None:
+        raise ModelError(
+            f"{source.name!r} is an artifact of qpruner, already compressed: its plan.json and manifest.json say how. "
+            "Name the original model instead."
+        )
 
 
 def require_weights(source: load.Source) -> None:

@@ -23,7 +23,9 @@ def draft(
 ) -> Plan:
     """The whole plan. An adapter's rank is the recipe's, and at most 1/32 of the smaller side of its linear."""
     ranks = {}
-    if recipe.adapter_rank:
+    # LoRA starts at zero and LoftQ corrects rounding: with neither training nor rounding adapters would change nothing.
+    begun = recipe.steps > 0 or (recipe.loftq_iterations > 0 and recipe.bits[0] < 16)
+    if recipe.adapter_rank and begun:
         for name, dims in kept_shapes(graph, kept).items():
             ranks[name] = max(1, min(recipe.adapter_rank, min(dims) // INPUTS_PER_RANK))
     return Plan(
