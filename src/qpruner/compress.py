@@ -72,17 +72,26 @@ class Compression:
         self.prepared, self.run, self._on_progress = prepared, run, on_progress
         self._measure_speed = measure_speed
         self.recipe, self.shape, self.graph = prepared.recipe, prepared.shape, prepared.shape.graph
-        self._generator = lambda: torch.Generator().manual_seed(prepared.seed)
+        units = bit_units(self.graph, self.recipe.bit_unit)
+        self.units = units if len(self.recipe.bits) > 1 else ()
 
     def __call__(self) -> tuple[Decided, Measured]:
         model = load.load_model(self.shape.source)
         original = self._judge_original(model)
-        decided, candidates = self._decide(model)
+        scores = self._scores(model)
+        kept = widths.select(scores, self.prepared.counts)
+        narrow_(model, self.graph, kept)
+        information = self._information(model, kept)
+        candidates = Candidates(
+            model, self.graph, self._plan(kept, 16), adapter_dtype=load.stored_dtype(self.shape.source)
+        )
+        decided = self._choose_bits(model, candidates, scores, kept, information)
         size = self.shape.size(decided.plan)
         assert size.total <= self.prepared.limit_bytes, (
             f"{size.total} bytes planned, {self.prepared.limit_bytes} allowed"
         )
         write_text(self.run.folder / "plan.json", decided.plan.to_json())
+
         candidates.put_(decided.plan.specs)
         errors, before = candidates.errors(), self._search_loss(model)
         candidates.forget()
@@ -90,11 +99,9 @@ class Compression:
         after = self._search_loss(model) if curve else before
         folder = self._save(model, decided.plan, size)
         del model, candidates
-        artifact = self._judge_artifact(folder, decided.plan)
-        measured = Measured(
-            original, artifact, curve, {"before": before, "after": after}, errors, size, save.weight_bytes(folder)
-        )
-        return decided, measured
+        artifact = self._judge_artifact(folder)
+        search_loss = {"before": before, "after": after}
+        return decided, Measured(original, artifact, curve, search_loss, errors, size, save.weight_bytes(folder))
 
     # --- what the stages depend on -----------------------------------------------------------------------------------
 
@@ -104,45 +111,40 @@ class Compression:
     def _progress(self, stage: str) -> Callable[..., None]:
         return lambda done, total, *rest: self._on_progress(stage, done, total)
 
+    def _plan(self, kept: dict, bits: int | dict[str, int]) -> Plan:
+        return self.shape.plan(self.recipe, kept, bits, self.prepared.seed)
+
     # --- deciding ----------------------------------------------------------------------------------------------------
 
-    def _decide(self, model: nn.Module) -> tuple[Decided, Candidates]:
-        """Prunes the model on the way, since what is measured next is measured on the pruned model."""
-        scores = self._scores(model)
-        kept = widths.select(scores, self.prepared.counts)
-        pruned = self.shape.plan(self.recipe, kept, 16, self.prepared.seed)
-        narrow_(model, self.graph, kept)
-        units = bit_units(self.graph, self.recipe.bit_unit)
-        information = self._information(model, units, kept) if len(self.recipe.bits) > 1 else []
-        candidates = Candidates(model, self.graph, pruned, adapter_dtype=load.stored_dtype(self.shape.source))
-        if len(self.recipe.bits) == 1:
-            plan = self.shape.plan(self.recipe, kept, self.recipe.bits[0], self.prepared.seed)
-            return Decided(plan, scores, units, information, None, [], None), candidates
-        sensitivity = None
+    def _choose_bits(self, model, candidates: Candidates, scores, kept: dict, information: list[dict]) -> Decided:
+        """The plan for the pruned model, which is measured with candidates in place and left with the last of them."""
+        if not self.units:
+            return Decided(self._plan(kept, self.recipe.bits[0]), scores, (), information, None, [], None)
+        sensitivity, trials, chosen = None, [], None
         if self.recipe.allocation in ("sensitivity", "bayesian"):
-            sensitivity = self._sensitivity(model, candidates, units, kept)
-        choices = self._choices(units, kept, information, sensitivity)
-        trials, chosen = [], None
+            sensitivity = self._sensitivity(model, candidates, kept)
+        choices = self._choices(kept, information, sensitivity)
         if self.recipe.allocation == "bayesian":
-            trials = self._search(model, candidates, units, choices, kept)
+            trials = self._search(model, candidates, choices, kept)
             chosen = bayesian.best(trials)
-            levels = chosen.levels
-        else:
-            levels = ALLOCATORS[self.recipe.allocation](choices)
-        plan = self.shape.plan(self.recipe, kept, self._bits_of(units, levels), self.prepared.seed)
-        return Decided(plan, scores, units, information, sensitivity, trials, chosen), candidates
+        levels = chosen.levels if chosen else ALLOCATORS[self.recipe.allocation](choices)
+        return Decided(
+            self._plan(kept, self._bits_of(levels)), scores, self.units, information, sensitivity, trials, chosen
+        )
 
     def _scores(self, model: nn.Module) -> dict[str, Tensor]:
         windows = self.prepared.calibration.ids
         inputs = self._inputs(score=self.recipe.score, windows=digest_of(windows.tolist()))
-        scorer = SCORERS[self.recipe.score]
+        scorer, generator = SCORERS[self.recipe.score], torch.Generator().manual_seed(self.prepared.seed)
         return self.run.tensors(
             "importance",
             inputs,
-            lambda: scorer(model, self.graph, windows, self._generator(), self._progress("importance")),
+            lambda: scorer(model, self.graph, windows, generator, self._progress("importance")),
         )
 
-    def _information(self, model: nn.Module, units: tuple[BitUnit, ...], kept: dict) -> list[dict]:
+    def _information(self, model: nn.Module, kept: dict) -> list[dict]:
+        if not self.units:
+            return []
         windows, estimator = self.prepared.calibration.ids[:32], self.recipe.information
         inputs = self._inputs(
             kept=kept, windows=digest_of(windows.tolist()), estimator=estimator, unit=self.recipe.bit_unit
@@ -151,20 +153,20 @@ class Compression:
             "information",
             inputs,
             lambda: measure_information(
-                model, units, windows, estimator=estimator, seed=self.prepared.seed,
+                model, self.units, windows, estimator=estimator, seed=self.prepared.seed,
                 on_batch=self._progress("mutual information"),
             ),
         )  # fmt: skip
 
     def _quantized_inputs(self, kept: dict, **facts) -> dict:
-        plan = self.shape.plan(self.recipe, kept, 16, self.prepared.seed)
+        plan = self._plan(kept, 16)
         return self._inputs(
             kept=kept, bits=self.recipe.bits, unit=self.recipe.bit_unit, ranks=plan.adapter_ranks,
             loftq=[plan.recovery.loftq_iterations, plan.recovery.adapter_alpha],
             windows=digest_of(self.prepared.search.ids.tolist()), **facts,
         )  # fmt: skip
 
-    def _sensitivity(self, model, candidates, units, kept) -> list[list[float]]:
+    def _sensitivity(self, model, candidates, kept) -> list[list[float]]:
         windows = self.prepared.search.first(max(1, len(self.prepared.search.ids) // SENSITIVITY_PART))
 
         def compute() -> list[list[float]]:
@@ -174,26 +176,29 @@ class Compression:
                 candidates.put_({name: SPECS[bits.get(name, 16)] for name in self.graph.linears})
                 return judge.kl_from_logprobs(model, windows, reference).kl
 
-            return measure_sensitivity(units, self.recipe.bits, divergence, self._progress("sensitivity"))
+            return measure_sensitivity(self.units, self.recipe.bits, divergence, self._progress("sensitivity"))
 
         return self.run.values("sensitivity", self._quantized_inputs(kept), compute)
 
-    def _bits_of(self, units: tuple[BitUnit, ...], levels: tuple[int, ...]) -> dict[str, int]:
-        return {n: self.recipe.bits[level] for u, level in zip(units, levels, strict=True) for n in u.linears}
+    def _bits_of(self, levels: tuple[int, ...]) -> dict[str, int]:
+        return {n: self.recipe.bits[level] for u, level in zip(self.units, levels, strict=True) for n in u.linears}
 
-    def _choices(self, units, kept, information, sensitivity) -> Choices:
+    def _choices(self, kept, information, sensitivity) -> Choices:
         """What each unit weighs at each level, and what is left of the budget for all of them."""
 
         dims = cost.kept_shapes(self.graph, kept)
         sizes = np.array(
-            [[sum(cost.linear_bytes(*dims[n], SPECS[b]) for n in u.linears) for b in self.recipe.bits] for u in units]
+            [
+                [sum(cost.linear_bytes(*dims[n], SPECS[b]) for n in u.linears) for b in self.recipe.bits]
+                for u in self.units
+            ]
         )
-        stored = [self.shape.size(self.shape.plan(self.recipe, kept, b)) for b in self.recipe.bits]
+        stored = [self.shape.size(self._plan(kept, b)) for b in self.recipe.bits]
         # The header names shapes and offsets, whose digits depend on the mixture: a few bytes a linear at the most.
         headers = max(size.headers for size in stored) + HEADER_SLACK * len(self.graph.linears)
         elsewhere = stored[0].total - stored[0].linears - stored[0].headers + headers
         return Choices(
-            units=tuple(u.name for u in units),
+            units=tuple(u.name for u in self.units),
             bits=self.recipe.bits,
             sizes_bytes=sizes,
             limit_bytes=self.prepared.limit_bytes - elsewhere,
@@ -202,7 +207,7 @@ class Compression:
             seed=self.prepared.seed,
         )
 
-    def _search(self, model, candidates, units, choices: Choices, kept) -> list[bayesian.Trial]:
+    def _search(self, model, candidates, choices: Choices, kept) -> list[bayesian.Trial]:
         journal = Journal(
             self.run.folder / "trials.jsonl",
             self._quantized_inputs(kept, limit=choices.limit_bytes, information=choices.information.tolist()),
@@ -210,7 +215,7 @@ class Compression:
         starts = {name: allocate(choices) for name, allocate in ALLOCATORS.items() if name != "random"}
 
         def evaluate(levels: tuple[int, ...]) -> float:
-            candidates.put_({n: SPECS[b] for n, b in self._bits_of(units, levels).items()})
+            candidates.put_({n: SPECS[b] for n, b in self._bits_of(levels).items()})
             return self._search_loss(model)
 
         def on_trial(trial: bayesian.Trial) -> None:
@@ -277,7 +282,7 @@ class Compression:
         judged = self.run.values("original", self._inputs(windows=digest_of(windows.ids.tolist())), compute)
         return judged | self._speed("original", self.shape.source.folder, self.prepared.weights_digest)
 
-    def _judge_artifact(self, folder: Path, plan: Plan) -> dict:
+    def _judge_artifact(self, folder: Path) -> dict:
         """Of what was written, loaded anew: the numbers are those of the files."""
         windows = self.prepared.evaluation
 
