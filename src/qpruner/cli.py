@@ -162,9 +162,9 @@ def evaluate(
 def study(
     model: Model,
     recipes: Annotated[list[str], typer.Option("--recipes", help="Recipes, as for compress; several.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the study; resumable.")],
     budget: Annotated[list[str] | None, typer.Option("--budget", help="A budget; give several. Default: 50%.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 3,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the study; resumable.")] = Path("study"),
     baseline: Annotated[str | None, typer.Option(help="Recipe to compare the others with. Default: the first.")] = None,
     calibration: Calibration = None,
     search_text: SearchText = None,

@@ -35,6 +35,7 @@ def train_adapters_(
         on_step: called with the step, the number of steps and the loss.
     """
     from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
 
     curve: list[tuple[int, float]] = []
 
@@ -62,19 +63,20 @@ def train_adapters_(
             data_seed=seed,
             dataloader_pin_memory=False,
             use_cpu=model.device.type == "cpu",
-            bf16=True,  # products in bfloat16, adapters and their updates in float32
+            bf16=fast_bfloat16(model.device),  # of products; adapters and their updates stay float32
             remove_unused_columns=False,
             label_names=["labels"],
         )
         trainer = Trainer(model=model, args=arguments, train_dataset=_Rows(windows), callbacks=[Watch()])
-        trainer.remove_callback(_printer())
+        trainer.remove_callback(PrinterCallback)
         model.train()
         trainer.train()
         model.eval()
     return curve
 
 
-def _printer():
-    from transformers.trainer_callback import PrinterCallback
-
-    return PrinterCallback
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is computed, not emulated, which is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
