@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -44,7 +45,7 @@ def mapping_table(found: dict) -> Table:
 def study_table(columns: tuple[str, ...], cells: list[tuple[str, ...]]) -> Table:
     table = Table(*columns)
     for row in cells:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))  # a recipe's changes stand in brackets, which rich would read as a style
     return table
 
 
