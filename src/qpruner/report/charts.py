@@ -511,7 +511,7 @@ CHARTS = {
     ),
     "sensitivities": Chart(
         "Sensitivity to rounding",
-        "Each cell is the loss added when that projection alone is stored at so few bits; stronger colour costs more.",
+        "Each cell is how far predictions move (KL divergence) when that projection alone is stored at so few bits.",
         "Sensitivities are left out: this run did not measure them.",
         lambda f: bool(f.sensitivities),
         _draw_sensitivities,

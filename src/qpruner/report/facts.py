@@ -100,7 +100,7 @@ class Information(Value):
 
 
 class Sensitivity(Value):
-    """Loss change, nats per token, from storing one unit (a projection or a layer) at `bits` and all else as it was."""
+    """KL divergence in nats per token that one unit (projection or layer) at `bits` causes, all else left unquantized."""
 
     unit: str
     layer: int

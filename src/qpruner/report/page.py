@@ -96,7 +96,7 @@ def _sensitivities(facts: Facts) -> Numbers:
     most = max(facts.sensitivities, key=lambda r: r.nats)
     said = f"The costliest is {most.unit} at {most.bits} bits, {most.nats:.3g} nats per token."
     return Numbers(
-        said, ("unit", "bits", "loss added, nats/token"), [(r.unit, r.bits, r.nats) for r in facts.sensitivities]
+        said, ("unit", "bits", "KL divergence, nats/token"), [(r.unit, r.bits, r.nats) for r in facts.sensitivities]
     )
 
 
