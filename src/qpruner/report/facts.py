@@ -100,7 +100,7 @@ class Information(Value):
 
 
 class Sensitivity(Value):
-    """KL divergence in nats per token that one unit (projection or layer) at `bits` causes, all else left unquantized."""
+    """KL divergence in nats per token that one unit (projection or layer) at `bits` causes, all else unquantized."""
 
     unit: str
     layer: int
