@@ -96,6 +96,16 @@ def test_the_reported_loss_is_that_of_the_files(result):
     assert found["loss"] == pytest.approx(manifest["evaluation"]["artifact"]["loss"], abs=1e-6)
 
 
+def test_it_generates_in_its_stored_dtype_in_a_fresh_process(result):
+    """One token at a time in bfloat16, the default: where a kernel of torch once read past the end of a weight."""
+    found = subprocess.run(
+        [sys.executable, "-c", FRESH.replace(", dtype=torch.float32", ""), str(result.artifact)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    assert len(json.loads(found.stdout.splitlines()[-1])[2][0]) == 11
+
+
 def test_adapters_are_applied_without_being_asked(result, tmp_path):
     from transformers import AutoModelForCausalLM
 
