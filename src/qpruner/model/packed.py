@@ -159,7 +159,7 @@ def product_of_values(x: Tensor, layer: PackedLinear, rows: slice) -> Tensor:
 
 def product_of_codes(x: Tensor, layer: PackedLinear, rows: slice) -> Tensor:
     """8 bits, one scale per row: integers up to 127 are exact in every dtype, and the scale is applied to the sums."""
-    # Not torch._weight_int8pack_mm, which is faster for a few tokens: it reads past the end of some weights and crashes.
+    # Not torch._weight_int8pack_mm, which is faster for few tokens: it reads past the end of some weights and crashes.
     sums = x @ layer.codes[rows].to(x.dtype).T
     scale = layer.scales[rows, 0].to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 would round it
     return (sums * scale).to(x.dtype)
