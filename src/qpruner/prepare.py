@@ -16,11 +16,10 @@ from qpruner.model import checkpoint, corpus, cost, load
 from qpruner.model.corpus import Corpus, Windows
 from qpruner.model.discover import discover
 from qpruner.model.graph import Graph
+from qpruner.model.pystdlib import BUNDLED_NAME
 from qpruner.model.skeleton import build_skeleton
 from qpruner.plan import SPECS, Budget, Plan
 from qpruner.recipe import Recipe
-
-BUNDLED = "pystdlib-5M"
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def choose_texts(model_name: str, calibration: Path | None, search: Path | None,
     note = None
     if calibration is None:
         parts = {role: corpus.bundled_corpus(role) for role in ("calibration", "search", "evaluation")}
-        if model_name != BUNDLED:
+        if model_name != BUNDLED_NAME:
             note = (
                 "No --calibration file was given: scores, search, training and judging used the source of Python's "
                 "standard library, which may be far from what the model was made for."

@@ -69,8 +69,7 @@ def save_artifact(
 def stored_tensors(model: nn.Module, wanted: set[str], dtype: torch.dtype) -> dict[str, Tensor]:
     """The base model's tensors under their own names, adapters left out, floats but scales in the stored dtype."""
     found = {}
-    for key, tensor in model.state_dict().items():
-        name = key.replace(".base_layer.", ".")
+    for name, tensor in adapters.base_state(model).items():
         if name not in wanted:
             continue
         if tensor.is_floating_point() and not name.endswith(".scales"):
