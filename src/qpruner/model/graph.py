@@ -23,26 +23,57 @@ class LinearSite:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Linear layers of equal size that share one 3-D parameter, one for each expert of a mixture.
+
+    name: path of the parameter. Row r of expert e has the number e * d_out + r in index tables, columns likewise.
+    transposed: stored as (n_experts, d_in, d_out). bias: path of a parameter of (n_experts, d_out), if there is one.
+    """
+
+    name: str
+    layer: int
+    n_experts: int
+    d_out: int
+    d_in: int
+    transposed: bool = False
+    bias: str | None = None
+
+
+Kind = Literal["kv_group", "query_head", "channel", "expert", "residual"]
+
+
+@dataclass(frozen=True)
 class Group:
     """Units that can be removed one by one; unit u is row u of every index table below.
 
     Removing unit u deletes rows producers[p][u] of every producer p and columns consumers[c][u] of every consumer c.
     The model changes exactly as if those input columns of the consumers were set to zero.
 
-    kind: `kv_group` where the unit mixes tokens (query heads with the key/value head they share), else `channel`.
+    kind
+        kv_group    mixes tokens: query heads with the key/value head they share
+        query_head  one query head, in a block for each kv group: all groups keep equally many
+        channel     of an MLP; of stacked experts in a block for each expert: all experts keep equally many
+        expert      of a mixture: what is removed is never routed to
+        residual    a channel of the hidden states, all through the model; norms then see the channels that stay
+    layer: -1 for a group of the whole model.
     module: path of the smallest module that contains every producer and consumer.
+    n_blocks: units come in so many blocks of equal size, one after the other; every block keeps equally many.
+    tensors: other parameters and buffers that lose slices with a unit, such as the weights of norms.
     """
 
     name: str
     layer: int
-    kind: Literal["kv_group", "channel"]
+    kind: Kind
     module: str
-    producers: dict[str, Tensor]  # linear name -> (n_units, rows per unit), int64, ascending within a unit
-    consumers: dict[str, Tensor]  # linear name -> (n_units, columns per unit), int64, ascending within a unit
+    producers: dict[str, Tensor]  # linear or stack -> (n_units, rows per unit), int64, ascending within a unit
+    consumers: dict[str, Tensor]  # linear or stack -> (n_units, columns per unit), int64, ascending within a unit
+    n_blocks: int = 1
+    tensors: dict[str, tuple[int, Tensor]] = field(default_factory=dict)  # name -> dimension, (n_units, slices per unit)
 
     @property
     def n_units(self) -> int:
-        return len(next(iter(self.consumers.values())))
+        tables = (*self.consumers.values(), *self.producers.values(), *(table for _, table in self.tensors.values()))
+        return len(tables[0])
 
 
 @dataclass(frozen=True)
@@ -60,6 +91,7 @@ class Graph:
 
     layers: module path of every decoder layer, in order.
     linears: every linear inside the decoder layers, in the model's order.
+    stacks: every 3-D parameter of stacked experts inside the decoder layers.
     unreached: rows of a linear that no consumer was seen to depend on; they are never removed.
     notes: sentences for a person about what cannot be pruned and why.
     """
@@ -68,5 +100,6 @@ class Graph:
     linears: dict[str, LinearSite]
     groups: dict[str, Group]
     projections: tuple[Projection, ...]
+    stacks: dict[str, Stack] = field(default_factory=dict)
     unreached: dict[str, tuple[int, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
