@@ -68,7 +68,8 @@ class Group:
     producers: dict[str, Tensor]  # linear or stack -> (n_units, rows per unit), int64, ascending within a unit
     consumers: dict[str, Tensor]  # linear or stack -> (n_units, columns per unit), int64, ascending within a unit
     n_blocks: int = 1
-    tensors: dict[str, tuple[int, Tensor]] = field(default_factory=dict)  # name -> dimension, (n_units, slices per unit)
+    # name -> dimension, (n_units, slices per unit)
+    tensors: dict[str, tuple[int, Tensor]] = field(default_factory=dict)
 
     @property
     def n_units(self) -> int:
