@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from qpruner.errors import OutputError
-from qpruner.run import Journal, Run, digest_of, replacing
+from qpruner.files import replacing
+from qpruner.run import Journal, Run, digest_of
 
 
 class Counted:

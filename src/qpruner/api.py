@@ -17,7 +17,8 @@ from qpruner.prepare import Prepared, is_artifact, limit_of, prepare, require_we
 from qpruner.progress import OnProgress, silent
 from qpruner.recipe import Recipe
 from qpruner.report.facts import Facts
-from qpruner.run import Run, digest_of, write_text
+from qpruner.files import write_text
+from qpruner.run import Run, digest_of
 from qpruner.study import study as run_study
 
 

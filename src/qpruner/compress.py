@@ -31,7 +31,8 @@ from qpruner.model.surgery import narrow_
 from qpruner.plan import SPECS, Plan
 from qpruner.prepare import Prepared
 from qpruner.progress import OnProgress
-from qpruner.run import Journal, Run, digest_of, write_text
+from qpruner.files import write_text
+from qpruner.run import Journal, Run, digest_of
 
 EVALUATION_BATCH = 8  # windows
 HEADER_SLACK = 4  # bytes per linear

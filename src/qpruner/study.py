@@ -13,7 +13,7 @@ from qpruner import recipe as recipes
 from qpruner.errors import RecipeError
 from qpruner.judge.loss import mean_difference
 from qpruner.progress import OnProgress, silent
-from qpruner.run import write_text
+from qpruner.files import write_text
 
 
 def split_recipes(texts: Sequence[str]) -> list[str]:

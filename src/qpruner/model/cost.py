@@ -195,15 +195,22 @@ def safetensors_size(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, s
 
 
 def header_bytes(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = FILE_METADATA) -> int:
-    """The header names offsets, so its length depends on the order of the tensors: by dtype, then by name."""
+    return len(safetensors_header(tensors, metadata)[0])
+
+
+def safetensors_header(
+    tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = FILE_METADATA
+) -> tuple[bytes, dict[str, int]]:
+    """What safetensors writes before the data, and where behind it each tensor starts: by dtype, then by name."""
     header = {} if metadata is None else {"__metadata__": dict(metadata)}
-    offset = 0
+    offset, starts = 0, {}
     for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (ORDER[item[1][0]], item[0])):
-        end = offset + tensor_bytes((dtype, shape))
+        starts[name], end = offset, offset + tensor_bytes((dtype, shape))
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
-    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + -(-length // 8) * 8
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, starts
 
 
 def predict_size(tensors: Mapping[str, TensorSpec], graph: Graph, plan: Plan, dtype: str = "BF16") -> StoredSize:

@@ -51,16 +51,14 @@ def narrow_(model: nn.Module, graph: Graph, kept: Mapping[str, Sequence[int]]) -
     """
     check_kept(graph, kept)
     modules = dict(model.named_modules())
-    cuts = remaining(graph, kept)
-    for name in cuts:
+    for name in remaining(graph, kept):
         _check_whole(modules.get(name), graph.linears[name])
     for group in graph.groups.values():
         if len(kept[group.name]) < group.n_units:
             for path in dict.fromkeys(name.rpartition(".")[0] for name in (*group.producers, *group.consumers)):
                 _keep_head_values_(modules[path], group, kept[group.name])
                 _recount_(modules[path], group, len(kept[group.name]))
-    for name, (rows, columns) in cuts.items():
-        _cut_(modules[name], graph.linears[name], rows, columns)
+    _cut_(model, graph, cuts_of(graph, kept))
 
 
 def remaining(graph: Graph, kept: Mapping[str, Sequence[int]]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -83,6 +81,24 @@ def remaining(graph: Graph, kept: Mapping[str, Sequence[int]]) -> dict[str, tupl
     }
 
 
+def cuts_of(graph: Graph, kept: Mapping[str, Sequence[int]]) -> dict[str, tuple[tuple[int, Tensor], ...]]:
+    """For every tensor that loses something: the dimensions and, ascending, the indices along them that stay."""
+    cuts = {}
+    for name, (rows, columns) in remaining(graph, kept).items():
+        site = graph.linears[name]
+        cuts[f"{name}.weight"] = ((1, rows), (0, columns)) if site.transposed else ((0, rows), (1, columns))
+        if site.bias:
+            cuts[f"{name}.bias"] = ((0, rows),)
+    return cuts
+
+
+def cut_tensor(tensor: Tensor, cuts: Sequence[tuple[int, Tensor]]) -> Tensor:
+    for dim, index in cuts:
+        if len(index) < tensor.shape[dim]:
+            tensor = tensor.index_select(dim, index.to(tensor.device))
+    return tensor
+
+
 def _check_whole(module: nn.Module | None, site: LinearSite) -> None:
     shape = (site.d_in, site.d_out) if site.transposed else (site.d_out, site.d_in)
     weight = getattr(module, "weight", None)
@@ -93,22 +109,20 @@ def _check_whole(module: nn.Module | None, site: LinearSite) -> None:
         )
 
 
-def _cut_(module: nn.Module, site: LinearSite, rows: Tensor, columns: Tensor) -> None:
-    first, second = (columns, rows) if site.transposed else (rows, columns)
-    module.weight = _sliced(_sliced(module.weight, first, 0), second, 1)
-    if site.bias:
-        module.bias = _sliced(module.bias, rows, 0)
-    if site.transposed:
-        module.nf, module.nx = len(rows), len(columns)
-    else:
-        module.out_features, module.in_features = len(rows), len(columns)
-
-
-def _sliced(parameter: nn.Parameter, index: Tensor, dim: int) -> nn.Parameter:
-    if len(index) == parameter.shape[dim]:
-        return parameter
-    data = parameter.data.index_select(dim, index.to(parameter.device))
-    return nn.Parameter(data, requires_grad=parameter.requires_grad)
+def _cut_(model: nn.Module, graph: Graph, cuts: Mapping[str, Sequence[tuple[int, Tensor]]]) -> None:
+    for name, dims in cuts.items():
+        path, _, attribute = name.rpartition(".")
+        module, whole = model.get_submodule(path), model.get_parameter(name)
+        cut = cut_tensor(whole.data, dims)
+        if cut is not whole.data:
+            setattr(module, attribute, nn.Parameter(cut, requires_grad=whole.requires_grad))
+    for name in {name.rpartition(".")[0] for name in cuts} & graph.linears.keys():
+        module, site = model.get_submodule(name), graph.linears[name]
+        first, second = module.weight.shape
+        if site.transposed:
+            module.nf, module.nx = second, first
+        else:
+            module.out_features, module.in_features = first, second
 
 
 def _recount_(module: nn.Module, group: Group, n_kept: int) -> None:
