@@ -10,6 +10,7 @@ from qpruner import __version__
 from qpruner import recipe as recipes
 from qpruner.decide import widths
 from qpruner.errors import OutputError
+from qpruner.files import write_text
 from qpruner.judge import loss as judge
 from qpruner.model import corpus, cost, load
 from qpruner.plan import Budget
@@ -17,7 +18,6 @@ from qpruner.prepare import Prepared, is_artifact, limit_of, prepare, require_we
 from qpruner.progress import OnProgress, silent
 from qpruner.recipe import Recipe
 from qpruner.report.facts import Facts
-from qpruner.files import write_text
 from qpruner.run import Run, digest_of
 from qpruner.study import study as run_study
 

@@ -24,6 +24,7 @@ from qpruner.decide.scores import SCORERS
 from qpruner.decide.sensitivity import measure_sensitivity
 from qpruner.do.quantize import Candidates
 from qpruner.do.recover import train_adapters_
+from qpruner.files import write_text
 from qpruner.judge import loss as judge
 from qpruner.judge.speed import measure_in_fresh_process
 from qpruner.model import adapters, checkpoint, cost, load
@@ -31,7 +32,6 @@ from qpruner.model.surgery import narrow_
 from qpruner.plan import SPECS, Plan
 from qpruner.prepare import Prepared
 from qpruner.progress import OnProgress
-from qpruner.files import write_text
 from qpruner.run import Journal, Run, digest_of
 
 EVALUATION_BATCH = 8  # windows

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from qpruner import recipe as recipes
 from qpruner.errors import RecipeError
+from qpruner.files import write_text
 from qpruner.judge.loss import mean_difference
 from qpruner.progress import OnProgress, silent
-from qpruner.files import write_text
 
 
 def split_recipes(texts: Sequence[str]) -> list[str]:

@@ -4,7 +4,7 @@
     Named    of a model: renamed and joined as transformers does when it loads the folder
     Cut      with the rows and columns removed that a plan removes
 
-Files are read, not mapped: pages of a mapped file count as memory of the process, and a 13 GB checkpoint would show as 13 GB.
+Files are read, not mapped: pages of a mapped file count as memory of the process.
 """
 
 import copy

@@ -1,0 +1,200 @@
+"""Passes over a model whose decoder layers are in memory only while they run, so that any size can be measured.
+
+The layers run one after the other over all windows of text, each read from disk while the one before it computes, with
+the hidden states between them in a `Scratch`. Gradients walk back the same way: a layer is read again, its forward is
+recomputed with gradients, and what it passes on is all that is kept.
+
+A model that fits stays in memory once it was read (`resident`). Nothing else differs, so results are the same to the
+last bit.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qpruner.model.residence import Residence
+from qpruner.model.scratch import Scratch
+from qpruner.model.skeleton import decoder_layers
+from qpruner.model.stage import Arguments, Stage, shared
+from qpruner.model.tensors import Tensors
+
+# Entered around the work of one decoder layer, by its index; what it gives is called for the layer's result at the end.
+Watch = Callable[[int], AbstractContextManager[Callable[[], Mapping[str, Tensor]]]]
+Results = list[dict[str, Tensor]]  # of every layer
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a pass has been so far. A token counts once for every layer it went through."""
+
+    tokens_per_second: float
+    bytes_read_per_second: float
+
+    def __str__(self) -> str:
+        return f"{self.tokens_per_second:,.0f} tokens/s, {self.bytes_read_per_second / 2**20:,.0f} MiB/s read"
+
+
+OnLayer = Callable[[int, int, Pace], None]  # layers done, layers to do, pace
+
+
+class Stream:
+    """A model on the meta device, and the tensors to fill it with. Final.
+
+    model: a skeleton in evaluation mode, whole, narrowed or with packed linears; `tensors` has its names.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tensors: Tensors,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        resident: bool = False,
+    ):
+        self.model, self.tensors, self.device = model, tensors, torch.device(device)
+        self.n_layers = len(decoder_layers(model))
+        layers = [model.get_submodule(path) for path in decoder_layers(model)]
+        self._residence = Residence(model, tensors, dtype=dtype, device=self.device, keep=resident)
+        self._stage = Stage(model, layers, self._residence, self.device)
+
+    def forward(
+        self,
+        ids: Tensor,
+        scratch: Scratch,
+        *,
+        batch_size: int = 1,
+        watch: Watch | None = None,
+        on_layer: OnLayer | None = None,
+    ) -> Results:
+        """All windows through all layers; afterwards `logits` gives what comes out.
+
+        Args:
+            ids: (windows, length) token ids on the CPU.
+            watch: may hook into the modules of the layer at work, which sees batch after batch, in order.
+        """
+        walk = _Walk(self, ids, scratch, batch_size, on_layer, n_steps=self.n_layers)
+        walk.forward(watch or _unwatched, keep_inputs=False)
+        return [scratch.result(f"forward-{i}") for i in range(self.n_layers)]
+
+    def logits(self, ids: Tensor, scratch: Scratch, *, batch_size: int = 1) -> Iterator[Tensor]:
+        """Logits of every batch, (batch, length, vocabulary), after `forward` with the same arguments."""
+        with self._residence.ends("after"), torch.no_grad():
+            for first, rows in batches(ids, batch_size):
+                hidden = scratch.get(f"hidden-{self.n_layers}", first, len(rows)).to(self.device)
+                yield self._stage.after(hidden).logits
+
+    def backward(self, ids: Tensor, scratch: Scratch, *, watch: Watch, on_layer: OnLayer | None = None) -> Results:
+        """The mean loss of every window, one window at a time, back through all layers.
+
+        Args:
+            watch: is entered for a layer before the windows go through it with gradients, in order; it may hook into
+                the layer's modules and have its weights require gradients.
+        """
+        with torch.inference_mode(False):
+            walk = _Walk(self, ids, scratch, 1, on_layer, n_steps=2 * self.n_layers)
+            walk.forward(_unwatched, keep_inputs=True)
+            walk.loss()
+            walk.backward(watch)
+        return [scratch.result(f"backward-{i}") for i in range(self.n_layers)]
+
+    def layers(self) -> Iterator[tuple[int, nn.Module]]:
+        """Every decoder layer in turn, with its weights."""
+        yield from self._residence.layers(range(self.n_layers))
+
+    def loaded(self) -> nn.Module:
+        """The model with all its weights in memory."""
+        return self._residence.fill()
+
+
+class _Walk:
+    """One pass, taken up where an earlier one with the same scratch stopped."""
+
+    def __init__(self, stream: Stream, ids: Tensor, scratch: Scratch, batch_size: int, on_layer, n_steps: int):
+        self._residence, self._stage, self._device = stream._residence, stream._stage, stream.device
+        self._scratch, self._n_layers = scratch, stream.n_layers
+        self._batches = list(batches(ids, batch_size))
+        self._tensors, self._read_before = stream.tensors, stream.tensors.bytes_read
+        self._on_layer, self._done, self._n_steps = on_layer, 0, n_steps
+        self._start, self._tokens = time.monotonic(), 0
+        self._arguments: list[list[Arguments]] = []  # of every batch, of every layer
+
+    def forward(self, watch: Watch, *, keep_inputs: bool) -> None:
+        order = [i for i in range(self._n_layers) if not self._scratch.finished(f"forward-{i}")]
+        self._set_out(write=len(order) == self._n_layers)
+        self._done = self._n_layers - len(order)
+        for i, _ in self._residence.layers(order):
+            with watch(i) as result, torch.no_grad():
+                for b, (first, rows) in enumerate(self._batches):
+                    hidden = self._get(f"hidden-{i}", first, len(rows))
+                    self._scratch.put(f"hidden-{i + 1}", first, self._run(i, b, hidden))
+                self._finish(f"forward-{i}", result())
+            if not keep_inputs:
+                self._scratch.drop(f"hidden-{i}")
+
+    def loss(self) -> None:
+        """The gradient of each window's loss at what the last layer returns."""
+        if self._scratch.finished("loss"):
+            return
+        losses = []
+        with self._residence.ends("after"), torch.enable_grad():
+            for first, rows in self._batches:
+                hidden = self._get(f"hidden-{self._n_layers}", first, len(rows)).requires_grad_()
+                loss = self._stage.after(hidden, labels=rows.to(self._device)).loss
+                loss.backward()
+                losses.append(loss.detach().cpu())
+                self._scratch.put(f"gradient-{self._n_layers}", first, hidden.grad)
+        self._scratch.finish("loss", {"loss": torch.stack(losses)})
+        self._scratch.drop(f"hidden-{self._n_layers}")
+
+    def backward(self, watch: Watch) -> None:
+        order = [i for i in reversed(range(self._n_layers)) if not self._scratch.finished(f"backward-{i}")]
+        self._done = 2 * self._n_layers - len(order)
+        for i, _ in self._residence.layers(order):
+            with watch(i) as result, torch.enable_grad():
+                for b, (first, rows) in enumerate(self._batches):
+                    hidden = self._get(f"hidden-{i}", first, len(rows)).requires_grad_()
+                    self._run(i, b, hidden).backward(self._get(f"gradient-{i + 1}", first, len(rows)))
+                    self._scratch.put(f"gradient-{i}", first, hidden.grad)
+                self._finish(f"backward-{i}", result())
+            self._scratch.drop(f"hidden-{i}")
+            self._scratch.drop(f"gradient-{i + 1}")
+
+    def _set_out(self, *, write: bool) -> None:
+        """The arguments of every layer for every batch; what is equal in all batches is kept once."""
+        with self._residence.ends("before"):
+            for first, rows in self._batches:
+                hidden, arguments = self._stage.before(rows)
+                if write:
+                    self._scratch.put("hidden-0", first, hidden)
+                known = self._arguments[0] if self._arguments else arguments
+                self._arguments.append([shared(found, old) for found, old in zip(arguments, known, strict=True)])
+
+    def _get(self, array: str, first: int, n: int) -> Tensor:
+        return self._scratch.get(array, first, n).to(self._device)
+
+    def _run(self, i: int, b: int, hidden: Tensor) -> Tensor:
+        self._tokens += hidden.shape[:2].numel()
+        return self._stage.run(i, hidden, self._arguments[b][i])
+
+    def _finish(self, name: str, result: Mapping[str, Tensor]) -> None:
+        self._scratch.finish(name, result)
+        self._done += 1
+        if self._on_layer is not None:
+            seconds = max(time.monotonic() - self._start, 1e-9)
+            read = self._tensors.bytes_read - self._read_before
+            self._on_layer(self._done, self._n_steps, Pace(self._tokens / seconds, read / seconds))
+
+
+def batches(ids: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
+    """The number of its first window, and the windows."""
+    for first in range(0, len(ids), size):
+        yield first, ids[first : first + size]
+
+
+def _unwatched(i: int) -> AbstractContextManager[Callable[[], Mapping[str, Tensor]]]:
+    return nullcontext(dict)
