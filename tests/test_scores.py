@@ -3,16 +3,18 @@
 import pytest
 import torch
 from tiny import tiny
+from tiny_stream import streamed
 
 from qpruner.decide.scores import SCORERS
 from qpruner.model.discover import discover
+from qpruner.model.scratch import Scratch
 
 FAMILIES = ("llama", "gpt2", "gpt_neox")
 WINDOWS = torch.arange(48).reshape(4, 12) % 29 + 1
 
 
-def run(name: str, model, graph):
-    return SCORERS[name](model, graph, WINDOWS, torch.Generator().manual_seed(0), lambda done, total: None)
+def run(name: str, model, graph, **options):
+    return SCORERS[name](streamed(model, **options), graph, WINDOWS, torch.Generator().manual_seed(0), Scratch(), None)
 
 
 def gradients(model, graph):
@@ -53,12 +55,11 @@ def test_scores_are_the_formula(family, kind):
 
 def test_measuring_leaves_the_model_alone():
     model = tiny("llama")
-    flags = [p.requires_grad for p in model.parameters()]
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    run("element-mixed", model, discover(model))
-    assert flags == [p.requires_grad for p in model.parameters()]
-    assert all(p.grad is None and not p._backward_hooks for p in model.parameters())
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    stream = streamed(model, resident=True)
+    SCORERS["element-mixed"](stream, discover(model), WINDOWS, torch.Generator(), Scratch(), None)
+    measured = stream.loaded()
+    assert all(p.grad is None and not p.requires_grad and not p._backward_hooks for p in measured.parameters())
+    assert all(torch.equal(value, measured.state_dict()[key]) for key, value in model.state_dict().items())
 
 
 def test_a_dead_channel_has_no_importance():
@@ -72,7 +73,7 @@ def test_a_dead_channel_has_no_importance():
 
 def test_random_scores_depend_on_the_seed_alone():
     graph = discover(tiny("llama"))
-    draw = lambda seed: SCORERS["random"](None, graph, WINDOWS, torch.Generator().manual_seed(seed), None)
+    draw = lambda seed: SCORERS["random"](None, graph, WINDOWS, torch.Generator().manual_seed(seed), None, None)
     one, same, other = draw(1), draw(1), draw(2)
     assert all(torch.equal(one[n], same[n]) for n in one)
     assert any(not torch.equal(one[n], other[n]) for n in one)

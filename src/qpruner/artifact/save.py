@@ -2,18 +2,20 @@
 
 import json
 import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from qpruner.artifact.config import QPrunerConfig
 from qpruner.artifact.loader import ADAPTER, PLAN, WEIGHTS
 from qpruner.model import adapters
+from qpruner.model.cost import TensorSpec
 from qpruner.model.graph import Graph
 from qpruner.model.load import Source
+from qpruner.model.tensors import TORCH_DTYPES, write_safetensors
 from qpruner.plan import Plan
 
 TOKENIZER_FILES = (
@@ -26,30 +28,33 @@ WIDTHS = {"kv_group": ("num_attention_heads", "num_key_value_heads"), "channel":
 
 def save_artifact(
     folder: Path,
-    model: nn.Module,
+    tensors: Iterable[tuple[str, Tensor]],
+    adapter_state: Callable[[], Mapping[str, Tensor]],
     graph: Graph,
     plan: Plan,
     *,
     expected: dict[str, tuple[str, tuple[int, ...]]],
+    architecture: str,
     dtype: torch.dtype,
     source: Source,
 ) -> None:
     """Write weights, adapters, configuration, plan and tokenizer into a new folder.
 
     Args:
+        tensors: of the weights file, one by one, in any order.
+        adapter_state: asked after that for the adapters under PEFT's names, if the plan has them beside the base.
         expected: the tensors that the plan predicts, name -> (dtype, shape); anything else is a fault of ours.
+        architecture: name of the original class.
         dtype: of what is stored in 16 bits.
         source: the original; its configuration and tokenizer are taken over.
     """
     folder.mkdir(parents=True)
-    tensors = stored_tensors(model, set(expected), dtype)
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
-    assert found == {name: tuple(shape) for name, (_, shape) in expected.items()}, (
-        "the model is not what its plan predicts"
-    )
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    write_safetensors(folder / WEIGHTS, expected, tensors)
     if plan.adapter_ranks and plan.adapters == "beside":
-        adapters.save_adapters(model, folder / ADAPTER, dtype=dtype)
+        config = adapters.lora_config(
+            plan.adapter_ranks, alpha=plan.recovery.adapter_alpha, dropout=plan.recovery.adapter_dropout
+        )
+        adapters.write_adapters(folder / ADAPTER, adapter_state(), config)
     whole = dimensions(source.config)
     layers = per_layer_widths(whole, graph, plan)
     base = {k: v for k, v in source.config.to_dict().items() if k != "_name_or_path"}
@@ -57,7 +62,7 @@ def save_artifact(
         base_config=base | {"dtype": str(dtype).removeprefix("torch.")},
         **whole,
         **({"per_layer_config": layers} if layers else {}),
-        architectures=[type(model).__name__],
+        architectures=[architecture],
         dtype=dtype,
     ).save_pretrained(folder)
     (folder / PLAN).write_text(plan.to_json())
@@ -66,16 +71,11 @@ def save_artifact(
             shutil.copyfile(source.folder / name, folder / name)
 
 
-def stored_tensors(model: nn.Module, wanted: set[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The base model's tensors under their own names, adapters left out, floats but scales in the stored dtype."""
-    found = {}
+def tensors_of(model: nn.Module, expected: Mapping[str, TensorSpec]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a model in memory under their own names, adapters left out, as they are stored."""
     for name, tensor in adapters.base_state(model).items():
-        if name not in wanted:
-            continue
-        if tensor.is_floating_point() and not name.endswith(".scales"):
-            tensor = tensor.to(dtype)
-        found[name] = tensor.detach().cpu().contiguous()
-    return found
+        if name in expected:
+            yield name, tensor.detach().to("cpu", TORCH_DTYPES[expected[name][0]])
 
 
 def dimensions(original: PreTrainedConfig) -> dict[str, int]:

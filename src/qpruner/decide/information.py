@@ -6,14 +6,18 @@ Outputs are projected onto principal directions found in the first window and sa
 (positions, RANK) numbers per unit are ever kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qpruner.math import information as mi
 from qpruner.model.graph import Graph
+from qpruner.model.scratch import Scratch
+from qpruner.model.stage import bare
+from qpruner.model.stream import OnLayer, Stream, Watch
 
 RANK = 64  # principal directions of an output that the Gaussian estimator sees
 BINNED_RANK = 8  # coordinates that are binned one by one
@@ -42,14 +46,18 @@ def bit_units(graph: Graph, kind: str) -> tuple[BitUnit, ...]:
 
 
 class _Outputs:
-    """Collects sampled, projected outputs of one unit over the windows."""
+    """Collects sampled, projected outputs of one unit, window after window."""
 
-    def __init__(self, rank: int):
-        self._rank, self._parts, self._rows, self._basis = rank, {}, [], None
+    def __init__(self, rank: int, positions: list[Tensor], n_sources: int):
+        self._rank, self._positions, self._n_sources = rank, positions, n_sources
+        self._parts: dict[str, Tensor] = {}
+        self._rows: list[Tensor] = []
+        self._basis: Tensor | None = None
 
-    def add(self, source: str, output: Tensor, positions: Tensor, n_sources: int) -> None:
-        self._parts[source] = output.detach().flatten(0, -2)[positions].float()  # one window: rows are positions
-        if len(self._parts) == n_sources:
+    def add(self, source: str, output: Tensor) -> None:
+        at = self._positions[len(self._rows)].to(output.device)
+        self._parts[source] = output.detach().flatten(0, -2)[at].float()  # one window: rows are positions
+        if len(self._parts) == self._n_sources:
             rows = torch.cat([self._parts[s] for s in sorted(self._parts)], dim=1)
             if self._basis is None:
                 rank = min(self._rank, len(rows) - 1, rows.shape[1])
@@ -58,18 +66,49 @@ class _Outputs:
             self._parts = {}
 
     def matrix(self) -> Tensor:
-        return torch.cat(self._rows).double()
+        return torch.cat(self._rows)
 
 
-@torch.no_grad()
+def outputs_watch(stream: Stream, units: tuple[BitUnit, ...], rank: int, positions: list[Tensor]) -> Watch:
+    @contextmanager
+    def watch(layer: int) -> Iterator[Callable[[], dict[str, Tensor]]]:
+        inside = [unit for unit in units if unit.layer == layer]
+        sources = lambda unit: 1 if unit.module is not None else len(unit.linears)
+        outputs = {unit.name: _Outputs(rank, positions, sources(unit)) for unit in inside}
+
+        def update_of(unit: BitUnit):
+            def hook(module, args, kwargs, result) -> None:
+                before = args[0] if args else kwargs["hidden_states"]
+                outputs[unit.name].add(unit.name, bare(result) - before)
+
+            return hook
+
+        def output_of(unit: BitUnit, linear: str):
+            return lambda module, args, result: outputs[unit.name].add(linear, result)
+
+        with ExitStack() as stack:
+            for unit in inside:
+                if unit.module is not None:
+                    module = stream.model.get_submodule(unit.module)
+                    stack.callback(module.register_forward_hook(update_of(unit), with_kwargs=True).remove)
+                else:
+                    for linear in unit.linears:
+                        module = stream.model.get_submodule(linear)
+                        stack.callback(module.register_forward_hook(output_of(unit, linear)).remove)
+            yield lambda: {name: found.matrix() for name, found in outputs.items()}
+
+    return watch
+
+
 def measure_information(
-    model: nn.Module,
+    stream: Stream,
     units: tuple[BitUnit, ...],
     windows: Tensor,
     *,
     estimator: str,
     seed: int,
-    on_batch: Callable[[int, int], None],
+    scratch: Scratch,
+    on_layer: OnLayer | None,
 ) -> list[dict]:
     """For each unit, in order: `unit`, `layer`, `nats`, `null_mean`, `null_std`, `z`.
 
@@ -78,42 +117,16 @@ def measure_information(
         estimator: `gaussian` or `binned`.
     """
     generator = torch.Generator().manual_seed(seed)
-    outputs = {unit.name: _Outputs(RANK if estimator == "gaussian" else BINNED_RANK) for unit in units}
     per_window = min(windows.shape[1] - 1, POSITIONS_PER_WINDOW)
-    positions = torch.arange(0)
-    handles = []
-
-    def watch_layer(unit: BitUnit):
-        def hook(module, args, kwargs, result):
-            before = args[0] if args else kwargs["hidden_states"]
-            after = result[0] if isinstance(result, tuple) else result
-            outputs[unit.name].add(unit.name, after - before, positions, 1)
-
-        handles.append(model.get_submodule(unit.module).register_forward_hook(hook, with_kwargs=True))
-
-    def watch_linear(unit: BitUnit, linear: str):
-        def hook(module, args, result):
-            outputs[unit.name].add(linear, result, positions, len(unit.linears))
-
-        handles.append(model.get_submodule(linear).register_forward_hook(hook))
-
-    predictions = []
-    try:
-        for unit in units:
-            if unit.module is not None:
-                watch_layer(unit)
-            else:
-                for linear in unit.linears:
-                    watch_linear(unit, linear)
-        for i, window in enumerate(windows):
-            positions = 1 + torch.randperm(windows.shape[1] - 1, generator=generator)[:per_window].sort().values
-            logits = model(input_ids=window[None].to(model.device), use_cache=False).logits
-            predictions.append(logits[0, positions].argmax(-1).cpu())
-            on_batch(i + 1, len(windows))
-    finally:
-        for handle in handles:
-            handle.remove()
-
+    draw = lambda: 1 + torch.randperm(windows.shape[1] - 1, generator=generator)[:per_window].sort().values
+    positions = [draw() for _ in windows]
+    watch = outputs_watch(stream, units, RANK if estimator == "gaussian" else BINNED_RANK, positions)
+    results = stream.forward(windows, scratch, watch=watch, on_layer=on_layer)
+    outputs = {name: rows for result in results for name, rows in result.items()}
+    predictions = [
+        logits[0, at.to(logits.device)].argmax(-1).cpu()
+        for logits, at in zip(stream.logits(windows, scratch), positions, strict=True)
+    ]
     Y = mi.prediction_classes(torch.cat(predictions), CLASSES)
     estimate, prepared = mi.binned, lambda X: X
     if estimator == "gaussian":
@@ -121,6 +134,6 @@ def measure_information(
         estimate, prepared = mi.canonical, mi.whitened
     measured = []
     for unit in units:
-        found = mi.with_null(estimate, prepared(outputs[unit.name].matrix()), Y, generator=generator)
+        found = mi.with_null(estimate, prepared(outputs[unit.name].double()), Y, generator=generator)
         measured.append({"unit": unit.name, "layer": unit.layer, **asdict(found)})
     return measured

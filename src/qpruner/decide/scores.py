@@ -1,136 +1,248 @@
 """Importance of every unit: one signature, several methods. Reads weights and gradients, changes neither.
 
-The Taylor scores are LLM-Pruner's (arXiv 2305.11627; `qpruner.math.taylor` has the formulas). Gradients are consumed as
-they are made: the hook that receives a weight's gradient adds what the score needs and drops it. What a score needs
-decides what is kept: `vector` and `element-second` are linear in a sample's term, so sums over rows and columns do.
+The Taylor scores are LLM-Pruner's (arXiv 2305.11627; `qpruner.math.taylor` has the formulas). What a score needs
+decides what is computed and kept, for one decoder layer at a time:
+
+    vector           no weight gradient at all: outputs times their gradients, inputs times theirs, summed over tokens
+    element-second   sums over rows and columns of each window's gradient
+    element-first    the mean gradient of every weight of the layer
+    element-mixed    that, and the mean square
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from qpruner.math import taylor
-from qpruner.model.graph import Graph, Group, LinearSite
+from qpruner.model.graph import Graph, LinearSite, Stack
+from qpruner.model.scratch import Scratch
+from qpruner.model.stream import OnLayer, Stream, Watch
 
 UnitScores = dict[str, Tensor]  # group -> (n_units,) float32, higher = keep
-OnGradient = Callable[[str, Tensor], None]  # linear, gradient of its weight as stored
-OnBatch = Callable[[int, int], None]
-Scorer = Callable[[nn.Module, Graph, Tensor, torch.Generator, OnBatch], UnitScores]
+Saliences = dict[tuple[str, int], Tensor]  # linear or stack, dim -> one value per row (dim 1) or column (dim 0)
+Scorer = Callable[[Stream, Graph, Tensor, torch.Generator, Scratch, OnLayer | None], UnitScores]
 
 
-def rows_by_columns(model: nn.Module, site: LinearSite) -> Tensor:
-    """The weight of a linear as (d_out, d_in), a view whatever way it is stored."""
-    return oriented(model.get_submodule(site.name).weight, site)
+def per_unit(graph: Graph, saliences: Mapping[tuple[str, int], Tensor]) -> UnitScores:
+    """Sums the saliences of rows and columns over every unit's slices."""
+    scores = {}
+    for name, group in graph.groups.items():
+        rows = [(saliences[linear, 1], table) for linear, table in group.producers.items()]
+        columns = [(saliences[linear, 0], table) for linear, table in group.consumers.items()]
+        vectors, tables = zip(*rows, *columns, strict=True)
+        scores[name] = taylor.unit_scores(list(vectors), list(tables)).float()
+    return scores
 
 
-def oriented(weight: Tensor, site: LinearSite) -> Tensor:
-    return weight.T if site.transposed else weight
+@dataclass(frozen=True)
+class Matrix:
+    """One weight of (d_out, d_in): of a linear, or of one expert of a stack."""
+
+    name: str
+    expert: int | None
+    transposed: bool
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This matrix in a parameter, or in its gradient, as a view."""
+        matrix = tensor if self.expert is None else tensor[self.expert]
+        return matrix.T if self.transposed else matrix
 
 
-def per_unit(graph: Graph, salience: Callable[[LinearSite, int], Tensor]) -> UnitScores:
-    """Sums `salience(site, dim)`, one value per row (dim 1) or column (dim 0) of a linear, over every unit's slices."""
-    return {name: _group_score(group, graph, salience) for name, group in graph.groups.items()}
+def matrices_of(site: LinearSite | Stack) -> list[Matrix]:
+    experts = range(site.n_experts) if isinstance(site, Stack) else [None]
+    return [Matrix(site.name, expert, site.transposed) for expert in experts]
 
 
-def _group_score(group: Group, graph: Graph, salience: Callable[[LinearSite, int], Tensor]) -> Tensor:
-    rows = [(salience(graph.linears[name], 1), index) for name, index in group.producers.items()]
-    columns = [(salience(graph.linears[name], 0), index) for name, index in group.consumers.items()]
-    vectors, tables = zip(*rows, *columns, strict=True)
-    return taylor.unit_scores(list(vectors), list(tables)).float()
+def parameter_name(site: LinearSite | Stack) -> str:
+    return site.name if isinstance(site, Stack) else f"{site.name}.weight"
 
 
-@contextmanager
-def _gradients(model: nn.Module, graph: Graph, on_gradient: OnGradient) -> Iterator[None]:
-    """Within, backward passes hand each linear's weight gradient to `on_gradient` and keep none."""
-    weights = {name: model.get_submodule(name).weight for name in graph.linears}
-    wanted = {id(w) for w in weights.values()}
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    handles = []
-
-    def hook_for(name: str):
-        def hook(weight: nn.Parameter) -> None:
-            on_gradient(name, weight.grad)
-            weight.grad = None
-
-        return hook
-
-    try:
-        for parameter, _ in before:
-            parameter.requires_grad_(id(parameter) in wanted)
-        handles = [w.register_post_accumulate_grad_hook(hook_for(name)) for name, w in weights.items()]
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter, flag in before:
-            parameter.requires_grad_(flag)
+def sites_of(graph: Graph, layer: int) -> list[LinearSite | Stack]:
+    return [site for site in (*graph.linears.values(), *graph.stacks.values()) if site.layer == layer]
 
 
-def _sums(model: nn.Module, graph: Graph, windows: Tensor, accumulate: OnGradient, on_batch: OnBatch):
-    """One backward pass per window, so that squared gradients are those of single samples."""
-    with _gradients(model, graph, accumulate):
-        for i, window in enumerate(windows):
-            ids = window[None].to(model.device)
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-            on_batch(i + 1, len(windows))
+# --- Taylor scores ---------------------------------------------------------------------------------------------------
 
 
-def reduced_scorer(contribution: Callable[..., Tensor]) -> Scorer:
-    """Scores that are linear in what one sample adds: only sums over rows and columns are ever kept."""
+class Sums:
+    """For saliences that are linear in what one window adds: one number per row, and one per column."""
 
-    def scorer(model, graph, windows, generator, on_batch) -> UnitScores:
-        sums: dict[tuple[str, int], Tensor] = defaultdict(lambda: torch.zeros(()))
+    def __init__(self, contribution: Callable[..., Tensor]):
+        self._contribution, self._sums = contribution, {0: 0.0, 1: 0.0}
 
-        def accumulate(name: str, gradient: Tensor) -> None:
-            site = graph.linears[name]
-            W, g = rows_by_columns(model, site).detach(), oriented(gradient, site)
-            for dim in (0, 1):
-                sums[name, dim] = sums[name, dim] + contribution(W, g, dim=dim) / len(windows)
+    def add(self, W: Tensor, g: Tensor, n_windows: int) -> None:
+        for dim in self._sums:
+            self._sums[dim] = self._sums[dim] + self._contribution(W, g, dim=dim) / n_windows
 
-        _sums(model, graph, windows, accumulate, on_batch)
-        return per_unit(graph, lambda site, dim: sums[site.name, dim].abs())
+    def salience(self, W: Tensor, dim: int) -> Tensor:
+        return self._sums[dim].abs()
+
+
+class Means:
+    """For saliences with a modulus around each weight's own term: the mean gradient, and F where it is asked for."""
+
+    def __init__(self, salience: Callable[..., Tensor], *, fisher: bool):
+        self._salience, self._fisher, self._G, self._F = salience, fisher, None, None
+
+    def add(self, W: Tensor, g: Tensor, n_windows: int) -> None:
+        if self._G is None:
+            self._G = torch.zeros_like(g, dtype=torch.promote_types(g.dtype, torch.float32))
+            self._F = torch.zeros_like(self._G) if self._fisher else None
+        self._G.add_(g, alpha=1 / n_windows)
+        if self._fisher:
+            wide = g.to(self._G.dtype)
+            self._F.addcmul_(wide, wide, value=1 / n_windows)
+
+    def salience(self, W: Tensor, dim: int) -> Tensor:
+        return self._salience(W, self._G, self._F, dim=dim)
+
+
+def gradient_watch(
+    stream: Stream,
+    sites_in: Callable[[int], list[LinearSite | Stack]],
+    n_windows: int,
+    start: Callable[[], Sums | Means],
+) -> Watch:
+    """Hands every weight gradient of a layer to a sum as it is made, and keeps none."""
+
+    @contextmanager
+    def watch(layer: int) -> Iterator[Callable[[], dict[str, Tensor]]]:
+        sites = sites_in(layer)
+        weights = {site.name: stream.model.get_parameter(parameter_name(site)) for site in sites}
+        sums = {matrix: start() for site in sites for matrix in matrices_of(site)}
+
+        def hook_for(site: LinearSite | Stack):
+            def hook(weight: nn.Parameter) -> None:
+                for matrix in matrices_of(site):
+                    sums[matrix].add(matrix.of(weight.detach()), matrix.of(weight.grad), n_windows)
+                weight.grad = None
+
+            return hook
+
+        def result() -> dict[str, Tensor]:
+            found = {}
+            for site in sites:
+                W = weights[site.name].detach()
+                for dim in (0, 1):
+                    parts = [sums[matrix].salience(matrix.of(W), dim) for matrix in matrices_of(site)]
+                    found[key_of(site.name, dim)] = torch.cat(parts)
+            return found
+
+        with ExitStack() as stack:
+            for site in sites:
+                weight = weights[site.name].requires_grad_(True)
+                stack.callback(weight.requires_grad_, False)
+                handle = weight.register_post_accumulate_grad_hook(hook_for(site))
+                stack.callback(handle.remove)
+            yield result
+
+    return watch
+
+
+def activation_watch(stream: Stream, graph: Graph, n_windows: int) -> Watch:
+    """The first order of linears without a weight gradient: from inputs, outputs, and the gradients of these."""
+
+    @contextmanager
+    def watch(layer: int) -> Iterator[Callable[[], dict[str, Tensor]]]:
+        names = [site.name for site in sites_of(graph, layer) if isinstance(site, LinearSite)]
+        sums: dict[str, Tensor | float] = {key_of(name, dim): 0.0 for name in names for dim in (0, 1)}
+
+        def multiply(key: str, value: Tensor, of: Tensor) -> None:
+            """Adds `value` times the gradient of `of`, once that is there."""
+
+            def hook(gradient: Tensor) -> None:
+                product = taylor.first_order_of_activations(value.flatten(0, -2), gradient.flatten(0, -2))
+                sums[key] = sums[key] + product / n_windows
+
+            of.register_hook(hook)
+
+        def before(name: str):
+            def hook(module: nn.Module, args: tuple) -> tuple:
+                own = args[0].view_as(args[0])  # so that its gradient is what comes through this linear alone
+                multiply(key_of(name, 0), own.detach(), own)
+                return own, *args[1:]
+
+            return hook
+
+        def after(name: str):
+            def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+                bias = getattr(module, "bias", None)
+                multiply(key_of(name, 1), (output if bias is None else output - bias).detach(), output)
+
+            return hook
+
+        with ExitStack() as stack:
+            for name in names:
+                module = stream.model.get_submodule(name)
+                stack.callback(module.register_forward_pre_hook(before(name)).remove)
+                stack.callback(module.register_forward_hook(after(name)).remove)
+            yield lambda: {key: value.abs() for key, value in sums.items()}
+
+    return watch
+
+
+def key_of(site: str, dim: int) -> str:
+    return f"{site}/{dim}"
+
+
+def saliences_of(results: list[dict[str, Tensor]]) -> Saliences:
+    return {(key[:-2], int(key[-1])): value for result in results for key, value in result.items()}
+
+
+def gradient_scorer(start: Callable[[], Sums | Means]) -> Scorer:
+    def scorer(stream, graph, windows, generator, scratch, on_layer) -> UnitScores:
+        watch = gradient_watch(stream, lambda layer: sites_of(graph, layer), len(windows), start)
+        return per_unit(graph, saliences_of(stream.backward(windows, scratch, watch=watch, on_layer=on_layer)))
 
     return scorer
 
 
-def elementwise_scorer(salience: Callable[..., Tensor], *, fisher: bool) -> Scorer:
-    """Scores with a modulus around each weight's own term: the mean gradient (and F) of every weight is kept."""
+def vector(stream, graph, windows, generator, scratch, on_layer) -> UnitScores:
+    """Of stacked experts, whose inputs and outputs no module sees, by the weight gradient after all."""
+    stacks = gradient_watch(
+        stream,
+        lambda layer: [site for site in sites_of(graph, layer) if isinstance(site, Stack)],
+        len(windows),
+        lambda: Sums(taylor.first_order),
+    )
+    linears = activation_watch(stream, graph, len(windows))
 
-    def scorer(model, graph, windows, generator, on_batch) -> UnitScores:
-        G: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
-        F: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+    @contextmanager
+    def watch(layer: int):
+        with linears(layer) as ours, stacks(layer) as theirs:
+            yield lambda: ours() | theirs()
 
-        def accumulate(name: str, gradient: Tensor) -> None:
-            g = oriented(gradient, graph.linears[name]).float()
-            G[name] = G[name] + g / len(windows)
-            if fisher:
-                F[name] = F[name] + g.square() / len(windows)
-
-        _sums(model, graph, windows, accumulate, on_batch)
-        weight = lambda site: rows_by_columns(model, site).detach()
-        return per_unit(graph, lambda site, dim: salience(weight(site), G[site.name], F.get(site.name), dim=dim))
-
-    return scorer
+    return per_unit(graph, saliences_of(stream.backward(windows, scratch, watch=watch, on_layer=on_layer)))
 
 
-def magnitude(model, graph, windows, generator, on_batch) -> UnitScores:
+# --- scores without gradients ----------------------------------------------------------------------------------------
+
+
+def magnitude(stream, graph, windows, generator, scratch, on_layer) -> UnitScores:
     """Sum of the squared weights of a unit: the control that needs no text."""
-    return per_unit(graph, lambda site, dim: rows_by_columns(model, site).detach().double().square().sum(dim))
+    saliences = {}
+    for layer, _ in stream.layers():
+        for site in sites_of(graph, layer):
+            W = stream.model.get_parameter(parameter_name(site)).detach()
+            for dim in (0, 1):
+                parts = [matrix.of(W).double().square().sum(dim) for matrix in matrices_of(site)]
+                saliences[site.name, dim] = torch.cat(parts)
+    return per_unit(graph, saliences)
 
 
-def random_scores(model, graph, windows, generator, on_batch) -> UnitScores:
+def random_scores(stream, graph, windows, generator, scratch, on_layer) -> UnitScores:
     """Uniform noise: the control that knows nothing."""
     return {name: torch.rand(group.n_units, generator=generator) for name, group in graph.groups.items()}
 
 
 SCORERS: dict[str, Scorer] = {
-    "vector": reduced_scorer(taylor.first_order),
-    "element-first": elementwise_scorer(taylor.element_first, fisher=False),
-    "element-second": reduced_scorer(taylor.second_order),
-    "element-mixed": elementwise_scorer(taylor.element_mixed, fisher=True),
+    "vector": vector,
+    "element-first": gradient_scorer(lambda: Means(taylor.element_first, fisher=False)),
+    "element-second": gradient_scorer(lambda: Sums(taylor.second_order)),
+    "element-mixed": gradient_scorer(lambda: Means(taylor.element_mixed, fisher=True)),
     "magnitude": magnitude,
     "random": random_scores,
 }

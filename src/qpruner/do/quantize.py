@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qpruner.math import loftq
 from qpruner.model import adapters
-from qpruner.model.graph import Graph
+from qpruner.model.graph import Graph, LinearSite
 from qpruner.model.packed import PackedLinear
 from qpruner.plan import Plan, QuantSpec
 
@@ -84,25 +84,29 @@ class Candidates:
         self._made, self._dense = {}, {}
 
     def _make(self, name: str, spec: QuantSpec) -> Candidate:
-        dense, rank = self._dense[name], self._plan.adapter_ranks.get(name, 0)
-        stored_dense = dense.weight.T if self._graph.linears[name].transposed else dense.weight
-        W = stored_dense.detach().float()
-        # From the name and the seed alone, so that the order in which candidates are asked for does not matter.
-        number = hashlib.sha256(f"{self._plan.seed} {name}".encode()).digest()[:7]
-        generator = torch.Generator().manual_seed(int.from_bytes(number))
-        if spec.bits == 16:
-            factors = loftq.fresh_adapter(*W.shape, rank, self._dtype, generator, W.device) if rank else None
-            return Candidate(dense, factors, 0.0, 0.0)
+        return made(self._dense[name], self._graph.linears[name], spec, self._plan, self._dtype)
 
-        def rounding(weight: Tensor) -> tuple[PackedLinear, Tensor]:
-            packed = PackedLinear.from_weight(weight, dense.bias, spec)
-            return packed, packed.dequantize()
 
-        recovery = self._plan.recovery
-        found = loftq.split(
-            W, rounding, rank=rank, scaling=recovery.adapter_alpha / max(rank, 1),
-            iterations=recovery.loftq_iterations, dtype=self._dtype, generator=generator,
-        )  # fmt: skip
-        norm = max(loftq.norm(W), 1e-30)
-        factors = (found.A, found.B) if rank else None
-        return Candidate(found.stored, factors, found.error / norm, found.plain_error / norm)
+def made(dense: nn.Module, site: LinearSite, spec: QuantSpec, plan: Plan, adapter_dtype: torch.dtype) -> Candidate:
+    """One linear stored as `spec` says, with the start of the adapter that the plan gives it."""
+    rank = plan.adapter_ranks.get(site.name, 0)
+    W = (dense.weight.T if site.transposed else dense.weight).detach().float()
+    # From the name and the seed alone, so that the order in which candidates are asked for does not matter.
+    number = hashlib.sha256(f"{plan.seed} {site.name}".encode()).digest()[:7]
+    generator = torch.Generator().manual_seed(int.from_bytes(number))
+    if spec.bits == 16:
+        factors = loftq.fresh_adapter(*W.shape, rank, adapter_dtype, generator, W.device) if rank else None
+        return Candidate(dense, factors, 0.0, 0.0)
+
+    def rounding(weight: Tensor) -> tuple[PackedLinear, Tensor]:
+        packed = PackedLinear.from_weight(weight, dense.bias, spec)
+        return packed, packed.dequantize()
+
+    recovery = plan.recovery
+    found = loftq.split(
+        W, rounding, rank=rank, scaling=recovery.adapter_alpha / max(rank, 1),
+        iterations=recovery.loftq_iterations, dtype=adapter_dtype, generator=generator,
+    )  # fmt: skip
+    norm = max(loftq.norm(W), 1e-30)
+    factors = (found.A, found.B) if rank else None
+    return Candidate(found.stored, factors, found.error / norm, found.plain_error / norm)

@@ -16,10 +16,28 @@ from torch import Tensor, nn
 
 from qpruner.errors import CorpusError
 from qpruner.model.corpus import Windows
+from qpruner.model.scratch import Scratch
+from qpruner.model.stream import OnLayer, Stream, batches
 
 CHUNK_ELEMENTS = 1 << 24  # float32 logits that are turned into probabilities at a time
 
 Progress = Callable[[int, int], None]  # windows done, windows in all
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A model that is judged layer by layer, and where its hidden states may lie meanwhile."""
+
+    stream: Stream
+    scratch: Scratch
+    on_layer: OnLayer | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        return self.stream.model
+
+
+Judged = nn.Module | Streamed
 
 
 @dataclass(frozen=True)
@@ -107,14 +125,14 @@ def _as_json(report: LossReport | KLReport, **more: float) -> dict:
 
 
 def evaluate_loss(
-    model: nn.Module, windows: Windows, *, batch_size: int = 8, on_batch: Progress | None = None
+    model: Judged, windows: Windows, *, batch_size: int = 8, on_batch: Progress | None = None
 ) -> LossReport:
     """The model's loss on every predicted token of the windows. The model is not changed."""
     totals: list[float] = []
     with _evaluating(model):
-        for ids in _batches(windows, batch_size, model):
+        for ids, predicted in _predictions(model, windows, batch_size):
             total = torch.zeros(len(ids), dtype=torch.float64)
-            for row, target, logits in _chunks(ids, _logits(model, ids)):
+            for row, target, logits in _chunks(ids, predicted):
                 total[row] -= _log_probabilities(logits).gather(-1, target[:, None]).double().sum().cpu()
             totals.extend(total.tolist())
             _report(on_batch, totals, windows)
@@ -130,8 +148,8 @@ def evaluate_loss(
 
 
 def kl_to(
-    model: nn.Module,
-    reference: nn.Module,
+    model: Judged,
+    reference: Judged,
     windows: Windows,
     *,
     batch_size: int = 8,
@@ -139,7 +157,8 @@ def kl_to(
 ) -> KLReport:
     """KL from a reference model, both run batch by batch; nothing of either is kept. Neither model is changed."""
     with _evaluating(reference):
-        return _kl(model, lambda ids, start: _logits(reference, ids), windows, batch_size, on_batch)
+        expected = (logits for _, logits in _predictions(reference, windows, batch_size))
+        return _kl(model, expected, windows, batch_size, on_batch)
 
 
 def reference_logprobs(
@@ -149,8 +168,7 @@ def reference_logprobs(
     kept: Tensor | None = None
     start = 0
     with _evaluating(model):
-        for ids in _batches(windows, batch_size, model):
-            logits = _logits(model, ids)
+        for ids, logits in _predictions(model, windows, batch_size):
             if kept is None:
                 n, length = windows.ids.shape
                 kept = torch.empty(n, length - 1, logits.shape[-1], dtype=dtype)
@@ -175,7 +193,7 @@ def kl_from_logprobs(
     n, length = windows.ids.shape
     if cached.shape[:2] != (n, length - 1):
         raise ValueError(f"log-probabilities of shape {tuple(cached.shape)} are not of these {n} windows of {length}")
-    return _kl(model, lambda ids, start: cached[start : start + len(ids)].to(ids.device), windows, batch_size, on_batch)
+    return _kl(model, iter(cached.split(batch_size)), windows, batch_size, on_batch)
 
 
 def paired_difference(a: LossReport | KLReport, b: LossReport | KLReport) -> tuple[float, float]:
@@ -195,8 +213,8 @@ def mean_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, floa
 
 
 def _kl(
-    model: nn.Module,
-    reference: Callable[[Tensor, int], Tensor],
+    model: Judged,
+    reference: Iterator[Tensor],
     windows: Windows,
     batch_size: int,
     on_batch: Progress | None,
@@ -204,11 +222,10 @@ def _kl(
     totals: list[float] = []
     agreed = 0
     with _evaluating(model):
-        for ids in _batches(windows, batch_size, model):
+        for (ids, predicted), expected in zip(_predictions(model, windows, batch_size), reference, strict=True):
             total = torch.zeros(len(ids), dtype=torch.float64)
-            expected = reference(ids, len(totals))
             for (row, _, logits), (_, _, truth) in zip(
-                _chunks(ids, _logits(model, ids)), _chunks(ids, expected), strict=True
+                _chunks(ids, predicted), _chunks(ids, expected.to(predicted.device)), strict=True
             ):
                 q, p = _log_probabilities(logits), _log_probabilities(truth)
                 # Where p underflows to zero its term is zero, whatever q is.
@@ -228,21 +245,25 @@ def _kl(
     )
 
 
-def _batches(windows: Windows, batch_size: int, model: nn.Module) -> Iterator[Tensor]:
-    embedding = model.get_input_embeddings()
-    known, largest = embedding.num_embeddings, int(windows.ids.max())
+def _predictions(model: Judged, windows: Windows, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batch by batch the token ids, and the logits of every predicted token: (batch, length - 1, vocabulary)."""
+    module = model.model if isinstance(model, Streamed) else model
+    known, largest = module.get_input_embeddings().num_embeddings, int(windows.ids.max())
     if largest >= known:
         raise CorpusError(
             f"token id {largest} in {windows.corpus_name!r} is beyond the model's {known:,} embeddings. "
             "Use the tokenizer that the model was trained with."
         )
-    for start in range(0, len(windows.ids), batch_size):
-        yield windows.ids[start : start + batch_size].to(model.device)
-
-
-def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits of every predicted token: (batch, length - 1, vocabulary)."""
-    return model(input_ids=ids, use_cache=False).logits[:, :-1]
+    if isinstance(model, Streamed):
+        how = dict(batch_size=batch_size)
+        model.stream.forward(windows.ids, model.scratch, on_layer=model.on_layer, **how)
+        all_logits = model.stream.logits(windows.ids, model.scratch, **how)
+    else:
+        all_logits = (
+            model(input_ids=ids.to(model.device), use_cache=False).logits for _, ids in batches(windows.ids, batch_size)
+        )
+    for (_, ids), logits in zip(batches(windows.ids, batch_size), all_logits, strict=True):
+        yield ids.to(logits.device), logits[:, :-1]
 
 
 def _chunks(ids: Tensor, logits: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -277,8 +298,11 @@ def _report(on_batch: Progress | None, totals: list[float], windows: Windows) ->
 
 
 @contextmanager
-def _evaluating(model: nn.Module):
+def _evaluating(model: Judged):
     """Evaluation mode and no gradients; every module's own mode is put back afterwards."""
+    if isinstance(model, Streamed):  # which is so already
+        yield
+        return
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -85,7 +85,7 @@ def lora_config(ranks: Mapping[str, int], *, alpha: float, dropout: float):
         rank_pattern={f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common},
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
         lora_dropout=dropout,
-        target_modules=list(ranks),
+        target_modules=set(ranks),
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -158,19 +158,26 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_adapters(model: nn.Module, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write adapter_config.json and adapter_model.safetensors: `PeftModel.from_pretrained(model, folder)` reads them.
-
-    The same adapters give the same bytes. ModelError for adapters that change nothing, or are not finite in `dtype`.
-    """
-    state = adapter_state(model, dtype)
-    if not state:
+    """Write the adapters of a model; `PeftModel.from_pretrained(model, folder)` reads them."""
+    if not adapter_layers(model):
         raise ModelError("the model has no adapters to save")
+    write_adapters(folder, adapter_state(model, dtype), model.peft_config[ADAPTER])
+
+
+def write_adapters(folder: Path, state: Mapping[str, Tensor], config) -> None:
+    """Write adapter_config.json and adapter_model.safetensors. The same adapters give the same bytes.
+
+    Args:
+        state: factors under PEFT's names, in the dtype of the file. config: PEFT's LoraConfig.
+    Raises:
+        ModelError: the adapters change nothing, or are not finite.
+    """
     check_effect(state, "the adapters")
-    config = model.peft_config[ADAPTER].to_dict() | {"inference_mode": True, "base_model_name_or_path": None}
-    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    fields = config.to_dict() | {"inference_mode": True, "base_model_name_or_path": None}
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / TENSORS_FILE, metadata={"format": "pt"})
+    save_file(dict(state), folder / TENSORS_FILE, metadata={"format": "pt"})
     (folder / CONFIG_FILE).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
 
 

@@ -9,7 +9,7 @@ last bit.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -83,10 +83,12 @@ class Stream:
 
     def logits(self, ids: Tensor, scratch: Scratch, *, batch_size: int = 1) -> Iterator[Tensor]:
         """Logits of every batch, (batch, length, vocabulary), after `forward` with the same arguments."""
-        with self._residence.ends("after"), torch.no_grad():
+        with self._residence.ends("after"):
             for first, rows in batches(ids, batch_size):
-                hidden = scratch.get(f"hidden-{self.n_layers}", first, len(rows)).to(self.device)
-                yield self._stage.after(hidden).logits
+                with torch.no_grad():
+                    hidden = scratch.get(f"hidden-{self.n_layers}", first, len(rows)).to(self.device)
+                    logits = self._stage.after(hidden).logits
+                yield logits
 
     def backward(self, ids: Tensor, scratch: Scratch, *, watch: Watch, on_layer: OnLayer | None = None) -> Results:
         """The mean loss of every window, one window at a time, back through all layers.
@@ -102,9 +104,9 @@ class Stream:
             walk.backward(watch)
         return [scratch.result(f"backward-{i}") for i in range(self.n_layers)]
 
-    def layers(self) -> Iterator[tuple[int, nn.Module]]:
-        """Every decoder layer in turn, with its weights."""
-        yield from self._residence.layers(range(self.n_layers))
+    def layers(self, order: Sequence[int] | None = None) -> Iterator[tuple[int, nn.Module]]:
+        """Decoder layers in turn, all of them or those named, each with its weights."""
+        yield from self._residence.layers(range(self.n_layers) if order is None else order)
 
     def loaded(self) -> nn.Module:
         """The model with all its weights in memory."""
