@@ -159,7 +159,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(model, result, tmp_path, stag
     class Interrupted(Exception):
         pass
 
-    def stop(name: str, done: int, total: int) -> None:
+    def stop(name: str, done: int, total: int, detail: str = "") -> None:
         if name == stage and done >= min(2, total):
             raise Interrupted
 

@@ -10,6 +10,7 @@ from qpruner.errors import PlanError
 from qpruner.model import adapters, cost
 from qpruner.model.graph import Graph, Group, LinearSite
 from qpruner.model.packed import PackedLinear
+from qpruner.model.tensors import write_safetensors
 from qpruner.plan import DENSE, INT8, NF4, Plan, QuantSpec
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda s: s != "__metadata__")
@@ -213,3 +214,17 @@ def test_a_plan_for_another_model_is_refused():
         cost.stored_tensors(tensors, llama_graph(3, ffn=40), plan_for(llama_graph(3, ffn=40)))
     with pytest.raises(PlanError, match="linear.s. the model does not have: 'x'"):
         cost.adapter_tensors(graph, plan_for(graph, adapter_ranks={"x": 1}))
+
+
+def test_a_file_written_tensor_by_tensor_is_the_one_that_safetensors_writes(tmp_path, rand):
+    tensors = {
+        "b.weight": rand(3, 4).bfloat16(), "a.codes": torch.arange(6, dtype=torch.uint8).view(2, 3),
+        "c": rand(5).half(), "d.scale": rand(1).float(), "a.weight": rand(2, 2).bfloat16(), "empty": torch.empty(0, 3),
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "theirs", metadata=dict(cost.FILE_METADATA))
+    specs = {name: (cost.TORCH_NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
+    write_safetensors(tmp_path / "ours", specs, reversed(tensors.items()))
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    with pytest.raises(AssertionError, match="not written: 'empty'"):
+        write_safetensors(tmp_path / "partial", specs, [item for item in tensors.items() if item[0] != "empty"])
+    assert not (tmp_path / "partial").exists()

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMa
 
 from qpruner.errors import ModelError
 from qpruner.model.load import (
-    check_finite,
+    checked_digest,
     context_length,
     inspect_source,
     load_model,
@@ -240,7 +240,7 @@ def test_damaged_weight_files(folder):
         path.write_bytes(damaged)
         refused(folder, "model.safetensors", "cut short or damaged", "Fetch it again")
         with pytest.raises(ModelError, match="cut short or damaged"):
-            check_finite(folder)
+            checked_digest(folder)
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     refused(folder, "Git LFS pointer", "git lfs pull")
 
@@ -292,7 +292,7 @@ def test_what_headers_cannot_show_is_found_on_loading(spoil, tmp_path):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e5m2])
 def test_values_that_are_not_finite_are_named(folder, value, dtype):
-    check_finite(folder)
+    checked_digest(folder)
 
     def spoil(tensors):
         tensors["model.layers.1.mlp.up_proj.weight"][-1, -1] = value
@@ -300,7 +300,7 @@ def test_values_that_are_not_finite_are_named(folder, value, dtype):
 
     edit_tensors(folder, spoil)
     with pytest.raises(ModelError, match=r"1 tensor\(s\) of 'tiny' .* 'model.layers.1.mlp.up_proj.weight'\."):
-        check_finite(folder)
+        checked_digest(folder)
 
 
 def test_a_tokenizer_is_needed_and_has_to_fit(folder):

@@ -46,6 +46,7 @@ def compress(
     trials: int | None = None,
     seed: int = 0,
     shared: Path | None = None,
+    memory_limit: str | None = None,
     measure_speed: bool = True,
     on_progress: OnProgress = silent,
 ) -> Result:
@@ -59,6 +60,8 @@ def compress(
         calibration, search_text, evaluation: files of text; see `qpruner.prepare.choose_texts` for what stands in.
         trials: of the Bayesian optimization, in place of the recipe's number.
         shared: a folder for stage results that other runs may have in common with this one.
+        memory_limit: `4GiB`, for the whole process; by default what is free on the machine. A model that does not fit
+            goes through layer by layer; the artifact is the same.
         measure_speed: also time both models, each in a fresh process.
         on_progress: called with stage, done, total.
     Raises:
@@ -74,7 +77,15 @@ def compress(
         chosen = chosen.model_copy(update={"trials": trials})
     output = Path(output)
     texts = {"calibration": calibration, "search_text": search_text, "evaluation": evaluation}
-    prepared = prepare(model, budget, output, recipe=chosen, seed=seed, **{k: v and Path(v) for k, v in texts.items()})
+    prepared = prepare(
+        model,
+        budget,
+        output,
+        recipe=chosen,
+        seed=seed,
+        memory_limit=memory_limit,
+        **{k: v and Path(v) for k, v in texts.items()},
+    )
     request = request_of(prepared)
     run_folder = output.with_name(output.name + ".run")
     report = run_folder / "report.html"

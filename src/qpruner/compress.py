@@ -2,11 +2,15 @@
 
 prune -> measure what is left -> choose bits -> quantize -> recover -> save -> judge what was saved. Each stage names
 the digest of all that it depends on, so an interrupted run continues at the stage where it stopped.
+
+Everything goes through a `Stream`, layer by layer, whether all layers fit in memory or one does: the results are the
+same. Only the Bayesian search, sensitivities and training need the whole pruned model in memory.
 """
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +20,7 @@ from torch import Tensor, nn
 
 from qpruner import __version__
 from qpruner.artifact import save
+from qpruner.artifact.opened import open_stream
 from qpruner.decide import search as bayesian
 from qpruner.decide import widths
 from qpruner.decide.allocate import ALLOCATORS, Choices
@@ -24,17 +29,22 @@ from qpruner.decide.scores import SCORERS
 from qpruner.decide.sensitivity import measure_sensitivity
 from qpruner.do.quantize import Candidates
 from qpruner.do.recover import train_adapters_
+from qpruner.do.streamed import LayerByLayer
 from qpruner.files import write_text
 from qpruner.judge import loss as judge
 from qpruner.judge.speed import measure_in_fresh_process
 from qpruner.model import adapters, checkpoint, cost, load
+from qpruner.model.scratch import Scratch
+from qpruner.model.skeleton import build_skeleton
+from qpruner.model.stream import Pace, Stream
 from qpruner.model.surgery import narrow_
+from qpruner.model.tensors import Cut, Named, Stored
 from qpruner.plan import SPECS, Plan
-from qpruner.prepare import Prepared
+from qpruner.prepare import EVALUATION_BATCH, Prepared, evaluation_batch
 from qpruner.progress import OnProgress
 from qpruner.run import Journal, Run, digest_of
 
-EVALUATION_BATCH = 8  # windows
+INFORMATION_WINDOWS = 32
 HEADER_SLACK = 4  # bytes per linear
 SENSITIVITY_PART = 2  # one in so many windows of the search text: there are as many passes as candidates
 LOSS_CURVE = "loss_curve"  # beside the adapters in their stage's file
@@ -77,32 +87,79 @@ class Compression:
         self.units = units if len(self.recipe.bits) > 1 else ()
 
     def __call__(self) -> tuple[Decided, Measured]:
-        model = load.load_model(self.shape.source)
-        original = self._judge_original(model)
-        scores = self._scores(model)
+        original = self._judge_original()
+        scores = self._scores()
         kept = widths.select(scores, self.prepared.counts)
-        narrow_(model, self.graph, kept)
-        information = self._information(model, kept)
-        candidates = Candidates(
-            model, self.graph, self._plan(kept, 16), adapter_dtype=load.stored_dtype(self.shape.source)
-        )
-        decided = self._choose_bits(model, candidates, scores, kept, information)
-        size = self.shape.size(decided.plan)
-        assert size.total <= self.prepared.limit_bytes, (
-            f"{size.total} bytes planned, {self.prepared.limit_bytes} allowed"
-        )
-        write_text(self.run.folder / "plan.json", decided.plan.to_json())
+        information = self._information(kept)
+        if self.prepared.in_memory:
+            decided, done = self._in_memory(scores, kept, information)
+        else:
+            decided, done = self._layer_by_layer(scores, kept, information)
+        folder, size = partial(self.prepared.output), self.shape.size(decided.plan)
+        on_disk = save.weight_bytes(folder)
+        assert on_disk == size.total, f"{on_disk} bytes on disk, {size.total} predicted"
+        artifact = self._judge_artifact(folder)
+        return decided, Measured(original, artifact, done.loss_curve, done.search_loss, done.errors, size, on_disk)
 
+    def _in_memory(self, scores, kept: dict, information: list[dict]) -> tuple[Decided, "Done"]:
+        model = self._pruned(kept).loaded()
+        candidates = Candidates(model, self.graph, self._plan(kept, 16), adapter_dtype=self._stored_dtype)
+        decided = self._choose_bits(scores, kept, information, (model, candidates))
         candidates.put_(decided.plan.specs)
         errors, before = candidates.errors(), self._search_loss(model)
         candidates.forget()
         curve = self._recover(model, decided.plan)
         after = self._search_loss(model) if curve else before
-        folder = self._save(model, decided.plan, size)
-        del model, candidates
-        artifact = self._judge_artifact(folder)
-        search_loss = {"before": before, "after": after}
-        return decided, Measured(original, artifact, curve, search_loss, errors, size, save.weight_bytes(folder))
+        if decided.plan.adapters == "merged" and decided.plan.adapter_ranks:
+            adapters.merge_adapters_(model)
+        save.save_artifact(self._cleared(), model, self.graph, decided.plan, **self._saved_as(decided.plan))
+        return decided, Done(curve, {"before": before, "after": after}, errors)
+
+    def _layer_by_layer(self, scores, kept: dict, information: list[dict]) -> tuple[Decided, "Done"]:
+        decided = self._choose_bits(scores, kept, information, None)
+        pruned, plan = self._pruned(kept), decided.plan
+        with self._scratch("quantizing", self._inputs(plan=plan.model_dump(mode="json"))) as scratch:
+            doing = LayerByLayer(pruned, self.graph, plan, self.shape.stored(plan), scratch)
+            tensors = doing.tensors(self._stored_dtype, self._progress("quantizing"))
+            save.write_artifact(
+                self._cleared(), tensors, lambda: doing.adapter_state, self.graph, plan,
+                architecture=type(pruned.model).__name__, **self._saved_as(plan),
+            )  # fmt: skip
+        return decided, Done([], {}, doing.errors)
+
+    # --- models ------------------------------------------------------------------------------------------------------
+
+    def _original(self) -> Stream:
+        return open_stream(self.shape.source, dtype=self._precision, **self._where())
+
+    def _pruned(self, kept: dict, dtype: torch.dtype = torch.float32) -> Stream:
+        model = build_skeleton(self.shape.source.config)
+        whole = Named(model, Stored.of(self.shape.source.folder))
+        narrow_(model, self.graph, kept)
+        return Stream(model, Cut(whole, self.graph, kept), dtype=dtype, **self._where())
+
+    def _where(self) -> dict:
+        device = "cuda" if torch.cuda.is_available() and not self.prepared.in_memory else "cpu"
+        return {"resident": self.prepared.forecast.resident, "device": device}
+
+    @property
+    def _precision(self) -> torch.dtype:
+        return getattr(torch, self.recipe.precision)
+
+    @property
+    def _stored_dtype(self) -> torch.dtype:
+        return load.stored_dtype(self.shape.source)
+
+    @contextmanager
+    def _scratch(self, stage: str, inputs: dict) -> Iterator[Scratch]:
+        """For one stage with these inputs; what an interrupted run left of it is found there again."""
+        if self.prepared.forecast.resident:
+            yield Scratch()
+            return
+        folder = self.run.folder / "passes" / f"{stage}-{digest_of(inputs)[:16]}".replace(" ", "-")
+        scratch = Scratch(folder)
+        yield scratch
+        scratch.clear()
 
     # --- what the stages depend on -----------------------------------------------------------------------------------
 
@@ -110,54 +167,61 @@ class Compression:
         return {"qpruner": __version__, "model": self.prepared.weights_digest, "seed": self.prepared.seed, **facts}
 
     def _progress(self, stage: str) -> Callable[..., None]:
-        return lambda done, total, *rest: self._on_progress(stage, done, total)
+        return lambda done, total, detail="", *rest: self._on_progress(stage, done, total, _shown(detail))
 
     def _plan(self, kept: dict, bits: int | dict[str, int]) -> Plan:
         return self.shape.plan(self.recipe, kept, bits, self.prepared.seed)
 
     # --- deciding ----------------------------------------------------------------------------------------------------
 
-    def _choose_bits(self, model, candidates: Candidates, scores, kept: dict, information: list[dict]) -> Decided:
-        """The plan for the pruned model, which is measured with candidates in place and left with the last of them."""
+    def _choose_bits(
+        self, scores, kept: dict, information: list[dict], loaded: tuple[nn.Module, Candidates] | None
+    ) -> Decided:
+        """The plan. loaded: the pruned model, measured with candidates in place and left with the last of them."""
         if not self.units:
-            return Decided(self._plan(kept, self.recipe.bits[0]), scores, (), information, None, [], None)
-        sensitivity, trials, chosen = None, [], None
-        if self.recipe.allocation in ("sensitivity", "bayesian"):
-            sensitivity = self._sensitivity(model, candidates, kept)
-        choices = self._choices(kept, information, sensitivity)
-        if self.recipe.allocation == "bayesian":
-            trials = self._search(model, candidates, choices, kept)
-            chosen = bayesian.best(trials)
-        levels = chosen.levels if chosen else ALLOCATORS[self.recipe.allocation](choices)
-        return Decided(
-            self._plan(kept, self._bits_of(levels)), scores, self.units, information, sensitivity, trials, chosen
-        )
+            plan, sensitivity, trials, chosen = self._plan(kept, self.recipe.bits[0]), None, [], None
+        else:
+            sensitivity, trials, chosen = None, [], None
+            if self.recipe.allocation in ("sensitivity", "bayesian"):
+                sensitivity = self._sensitivity(*loaded, kept)
+            choices = self._choices(kept, information, sensitivity)
+            if self.recipe.allocation == "bayesian":
+                trials = self._search(*loaded, choices, kept)
+                chosen = bayesian.best(trials)
+            levels = chosen.levels if chosen else ALLOCATORS[self.recipe.allocation](choices)
+            plan = self._plan(kept, self._bits_of(levels))
+        size = self.shape.size(plan).total
+        assert size <= self.prepared.limit_bytes, f"{size} bytes planned, {self.prepared.limit_bytes} allowed"
+        write_text(self.run.folder / "plan.json", plan.to_json())
+        return Decided(plan, scores, self.units, information, sensitivity, trials, chosen)
 
-    def _scores(self, model: nn.Module) -> dict[str, Tensor]:
+    def _scores(self) -> dict[str, Tensor]:
         windows = self.prepared.calibration.ids
         inputs = self._inputs(score=self.recipe.score, windows=digest_of(windows.tolist()))
         scorer, generator = SCORERS[self.recipe.score], torch.Generator().manual_seed(self.prepared.seed)
-        return self.run.tensors(
-            "importance",
-            inputs,
-            lambda: scorer(model, self.graph, windows, generator, self._progress("importance")),
-        )
+        with self._scratch("importance", inputs) as scratch:
+            return self.run.tensors(
+                "importance",
+                inputs,
+                lambda: scorer(self._original(), self.graph, windows, generator, scratch, self._progress("importance")),
+            )
 
-    def _information(self, model: nn.Module, kept: dict) -> list[dict]:
+    def _information(self, kept: dict) -> list[dict]:
         if not self.units:
             return []
-        windows, estimator = self.prepared.calibration.ids[:32], self.recipe.information
+        windows, estimator = self.prepared.calibration.ids[:INFORMATION_WINDOWS], self.recipe.information
         inputs = self._inputs(
             kept=kept, windows=digest_of(windows.tolist()), estimator=estimator, unit=self.recipe.bit_unit
         )
-        return self.run.values(
-            "information",
-            inputs,
-            lambda: measure_information(
-                model, self.units, windows, estimator=estimator, seed=self.prepared.seed,
-                on_batch=self._progress("mutual information"),
-            ),
-        )  # fmt: skip
+        with self._scratch("information", inputs) as scratch:
+            return self.run.values(
+                "information",
+                inputs,
+                lambda: measure_information(
+                    self._pruned(kept, self._precision), self.units, windows, estimator=estimator,
+                    seed=self.prepared.seed, scratch=scratch, on_layer=self._progress("mutual information"),
+                ),
+            )  # fmt: skip
 
     def _quantized_inputs(self, kept: dict, **facts) -> dict:
         plan = self._plan(kept, 16)
@@ -254,51 +318,54 @@ class Compression:
         adapters.set_adapter_weights_(model, {linear: (state[a], state[b]) for linear, (a, b) in names.items()})
         return [(int(step), float(value)) for step, value in curve]
 
-    def _save(self, model: nn.Module, plan: Plan, size: cost.StoredSize) -> Path:
-        """The artifact in a folder beside its final place; what an interrupted run left there is removed."""
+    def _cleared(self) -> Path:
+        """Where the artifact is written, beside its final place; what an interrupted run left there is removed."""
         folder = partial(self.prepared.output)
         if folder.exists():
             shutil.rmtree(folder)
-        if plan.adapters == "merged" and plan.adapter_ranks:
-            adapters.merge_adapters_(model)
-        save.save_artifact(
-            folder, model, self.graph, plan, expected=self.shape.stored(plan),
-            dtype=load.stored_dtype(self.shape.source), source=self.shape.source,
-        )  # fmt: skip
-        on_disk = save.weight_bytes(folder)
-        assert on_disk == size.total, f"{on_disk} bytes on disk, {size.total} predicted"
         return folder
+
+    def _saved_as(self, plan: Plan) -> dict:
+        return {"expected": self.shape.stored(plan), "dtype": self._stored_dtype, "source": self.shape.source}
 
     # --- judging -----------------------------------------------------------------------------------------------------
 
-    def _judge_original(self, model: nn.Module) -> dict:
+    def _judged(self, stream: Stream, scratch: Scratch, which: str) -> judge.Streamed:
+        return judge.Streamed(stream, scratch, self._progress(f"judging the {which}"))
+
+    @property
+    def _batch(self) -> int:
+        return evaluation_batch(self.prepared.evaluation.ids.shape[1], self.shape.vocabulary)
+
+    def _judge_original(self) -> dict:
         windows = self.prepared.evaluation
+        inputs = self._inputs(windows=digest_of(windows.ids.tolist()))
+        with self._scratch("original", inputs) as scratch:
 
-        def compute() -> dict:
-            report = judge.evaluate_loss(
-                model, windows, batch_size=EVALUATION_BATCH, on_batch=self._progress("judging the original")
-            )
-            return {"loss": loss_values(report)}
+            def compute() -> dict:
+                judged = self._judged(self._original(), scratch, "original")
+                return {"loss": loss_values(judge.evaluate_loss(judged, windows, batch_size=self._batch))}
 
-        judged = self.run.values("original", self._inputs(windows=digest_of(windows.ids.tolist())), compute)
+            judged = self.run.values("original", inputs, compute)
         return judged | self._speed("original", self.shape.source.folder, self.prepared.weights_digest)
 
     def _judge_artifact(self, folder: Path) -> dict:
         """Of what was written, loaded anew: the numbers are those of the files."""
         windows = self.prepared.evaluation
-
-        def compute() -> dict:
-            artifact = load.load_model(load.inspect_source(str(folder)))
-            original = load.load_model(self.shape.source)
-            report = judge.evaluate_loss(
-                artifact, windows, batch_size=EVALUATION_BATCH, on_batch=self._progress("judging the artifact")
-            )
-            divergence = judge.kl_to(artifact, original, windows)
-            return {"loss": loss_values(report), "kl": divergence.to_dict()}
-
         weights = checkpoint.weights_digest(folder)
         inputs = self._inputs(windows=digest_of(windows.ids.tolist()), artifact=weights)
-        return self.run.values("artifact", inputs, compute) | self._speed("artifact", folder, weights)
+        with self._scratch("artifact", inputs) as ours, self._scratch("reference", inputs) as theirs:
+
+            def compute() -> dict:
+                artifact = open_stream(load.inspect_source(str(folder)), dtype=self._precision, **self._where())
+                judged = self._judged(artifact, ours, "artifact")
+                report = judge.evaluate_loss(judged, windows, batch_size=self._batch)
+                original = self._judged(self._original(), theirs, "original")
+                divergence = judge.kl_to(judged, original, windows, batch_size=self._batch)
+                return {"loss": loss_values(report), "kl": divergence.to_dict()}
+
+            judged = self.run.values("artifact", inputs, compute)
+        return judged | self._speed("artifact", folder, weights)
 
     def _speed(self, which: str, folder: Path, weights: str) -> dict:
         """Memory and tokens per second, in a process of its own; nothing when it was not asked for."""
@@ -310,6 +377,20 @@ class Compression:
         )
         self._on_progress(f"speed of the {which}", 1, 1)
         return {"speed": measured}
+
+
+@dataclass(frozen=True)
+class Done:
+    """What was seen while the plan was carried out."""
+
+    loss_curve: list[tuple[int, float]]
+    search_loss: dict[str, float]
+    errors: dict[str, tuple[float, float]]
+
+
+def _shown(detail: object) -> str:
+    """A pace is shown; the loss of a training step is not."""
+    return str(detail) if isinstance(detail, Pace) else ""
 
 
 def loss_values(report: judge.LossReport) -> dict:

@@ -20,6 +20,10 @@ class BudgetError(QPrunerError):
     """The budget cannot be read, or no plan meets it."""
 
 
+class MemoryLimitError(QPrunerError):
+    """A stage cannot do with the memory that is allowed."""
+
+
 class PlanError(QPrunerError):
     """The plan is not for this model, or asks for what cannot be done."""
 

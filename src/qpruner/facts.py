@@ -155,8 +155,8 @@ def recovery(prepared: Prepared, measured: Measured) -> report.Recovered | None:
     linears = prepared.shape.graph.linears
     return report.Recovered(
         curve=tuple(report.LossPoint(step=step, loss=loss) for step, loss in measured.loss_curve),
-        loss_before=measured.search_loss["before"],
-        loss_after=measured.search_loss["after"],
+        loss_before=measured.search_loss.get("before"),
+        loss_after=measured.search_loss.get("after"),
         starts=tuple(
             report.AdapterStart(linear=name, layer=linears[name].layer, plain=plain, loftq=loftq)
             for name, (plain, loftq) in measured.loftq_errors.items()
@@ -166,8 +166,8 @@ def recovery(prepared: Prepared, measured: Measured) -> report.Recovered | None:
 
 def warnings(prepared: Prepared, decided: Decided, measured: Measured) -> tuple[str, ...]:
     found = []
-    before, after = measured.search_loss["before"], measured.search_loss["after"]
-    if after > before:
+    before, after = measured.search_loss.get("before"), measured.search_loss.get("after")
+    if before is not None and after > before:
         found.append(f"Training the adapters made the search text worse: {before:.4f} to {after:.4f} nats per token.")
     silent = [row["unit"] for row in decided.information if row["z"] < 2]
     if silent:

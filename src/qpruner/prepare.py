@@ -7,19 +7,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from qpruner.decide import widths
 from qpruner.decide.draft import draft
 from qpruner.errors import BudgetError, MissingExtraError, ModelError, OutputError, RecipeError
-from qpruner.model import checkpoint, corpus, cost, load
+from qpruner.model import checkpoint, corpus, cost, load, memory
 from qpruner.model.corpus import Corpus, Windows
 from qpruner.model.discover import discover
 from qpruner.model.graph import Graph
 from qpruner.model.pystdlib import BUNDLED_NAME
 from qpruner.model.skeleton import build_skeleton
-from qpruner.plan import SPECS, Budget, Plan
+from qpruner.plan import SPECS, UNITS_BYTES, Budget, Plan
 from qpruner.recipe import Recipe
+
+EVALUATION_BATCH, LOGITS_AT_ONCE = 8, 2**26  # windows, elements
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,20 @@ class Shape:
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     dtype: str
 
+    @property
+    def hidden_size(self) -> int:
+        return self.source.config.get_text_config(decoder=True).hidden_size
+
+    @property
+    def vocabulary(self) -> int:
+        return self.source.config.get_text_config(decoder=True).vocab_size
+
     def plan(self, recipe: Recipe, kept, bits: int | dict[str, int], seed: int = 0) -> Plan:
         """The plan that keeps these units with these bits, one number for all linears or one for each."""
         each = bits if isinstance(bits, dict) else dict.fromkeys(self.graph.linears, bits)
         return draft(
             self.graph, recipe, model_name=self.source.name, model_digest=self.source.digest, kept=kept,
-            hidden_size=self.source.config.get_text_config(decoder=True).hidden_size,
+            hidden_size=self.hidden_size,
             specs={name: SPECS[b] for name, b in each.items()}, seed=seed,
         )  # fmt: skip
 
@@ -149,6 +160,12 @@ class Prepared:
     output: Path
     seed: int
     weights_digest: str
+    forecast: memory.Forecast
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether a stage needs the whole pruned model in memory."""
+        return needs_all_in_memory(self.recipe)
 
 
 def prepare(
@@ -161,9 +178,11 @@ def prepare(
     search_text: Path | None,
     evaluation: Path | None,
     seed: int,
+    memory_limit: str | None = None,
 ) -> Prepared:
     require(recipe)
     parsed = Budget.parse(budget)
+    allowed = None if memory_limit is None else bytes_of(memory_limit)
     source = load.inspect_source(model)
     require_weights(source)
     shape = shape_of(source)
@@ -176,6 +195,7 @@ def prepare(
     def cut(text: Corpus, n: int, fewest: int, seed: int | None = seed) -> Windows:
         return corpus.token_windows(text, tokenizer, length=length, n_windows=n, fewest=fewest, seed=seed)
 
+    forecast = forecast_for(shape, recipe, counts, length, allowed)
     prepared = Prepared(
         shape=shape,
         recipe=recipe,
@@ -190,11 +210,53 @@ def prepare(
         evaluation=cut(texts.evaluation, recipe.evaluation_windows, 2, seed=None),
         output=output,
         seed=seed,
-        weights_digest=checkpoint.weights_digest(source.folder),
+        weights_digest=checkpoint.checked_digest(source.folder),
+        forecast=forecast,
     )
-    checkpoint.check_finite(source.folder)
     check_output(prepared)
     return prepared
+
+
+def needs_all_in_memory(recipe: Recipe) -> bool:
+    searched = len(recipe.bits) > 1 and recipe.allocation in ("sensitivity", "bayesian")
+    return searched or (recipe.steps > 0 and recipe.adapter_rank > 0)
+
+
+def bytes_of(text: str) -> int:
+    """A size such as 4GiB."""
+    size = Budget.parse(text)
+    if size.unit not in UNITS_BYTES:
+        raise BudgetError(f"the memory limit {text!r} is no size. Accepted: a number with {', '.join(UNITS_BYTES)}.")
+    return size.to_bytes(parameters=0)
+
+
+def forecast_for(
+    shape: Shape, recipe: Recipe, counts: widths.Counts, window: int, limit: int | None
+) -> memory.Forecast:
+    """Peak memory of every stage, and whether all layers may stay in memory; refused where a stage needs more."""
+    whole = None
+    if needs_all_in_memory(recipe):
+        kept = widths.first_units(counts)
+        sizes = {bits: shape.size(shape.plan(recipe, kept, bits)) for bits in {16, *recipe.bits}}
+        candidates = sum(sizes[bits].linears for bits in recipe.bits if bits < 16)
+        whole = 2 * sizes[16].total + candidates + 2 * sizes[16].adapters
+    work = memory.Work(
+        score=recipe.score,
+        calibration=(recipe.calibration_windows, window),
+        judged=(evaluation_batch(window, shape.vocabulary), window),
+        vocabulary=shape.vocabulary,
+        dtype=getattr(torch, recipe.precision),
+        quantizes=recipe.bits[0] < 16,
+        measures_information=len(recipe.bits) > 1,
+        whole_bytes=whole,
+        training_tokens=recipe.batch_size * window if recipe.steps and recipe.adapter_rank else 0,
+    )
+    return memory.forecast(memory.Sizes(shape.tensors, shape.graph), work, shape.hidden_size, limit=limit)
+
+
+def evaluation_batch(window: int, vocabulary: int) -> int:
+    """Windows that are judged at once: their logits decide, so that the number depends on nothing but the model."""
+    return max(1, min(EVALUATION_BATCH, LOGITS_AT_ONCE // (window * vocabulary)))
 
 
 def require_original(source: load.Source) -> None:

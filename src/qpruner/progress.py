@@ -1,13 +1,16 @@
 """What a person sees while a run works: one bar per stage, with its rate and the time left."""
 
 import sys
-from collections.abc import Callable
 from contextlib import contextmanager
+from typing import Protocol
 
-OnProgress = Callable[[str, int, int], None]  # stage, done, total
+
+class OnProgress(Protocol):
+    def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        """detail: how fast, where that is known better than by counting."""
 
 
-def silent(stage: str, done: int, total: int) -> None:
+def silent(stage: str, done: int, total: int, detail: str = "") -> None:
     """Shows nothing."""
 
 
@@ -39,11 +42,11 @@ def bars():
     with Progress(*columns, console=Console(stderr=True)) as progress:
         tasks = {}
 
-        def show(stage: str, done: int, total: int) -> None:
+        def show(stage: str, done: int, total: int, detail: str = "") -> None:
             if stage not in tasks:
                 tasks[stage] = progress.add_task(stage, total=total, rate="")
             task = progress.tasks[progress.task_ids.index(tasks[stage])]
-            rate = f"{task.speed:.1f}/s" if task.speed else ""
+            rate = detail or (f"{task.speed:.1f}/s" if task.speed else "")
             progress.update(tasks[stage], completed=done, total=total, rate=rate)
 
         yield show
@@ -52,10 +55,10 @@ def bars():
 def _lines() -> OnProgress:
     quarters: dict[str, int] = {}
 
-    def show(stage: str, done: int, total: int) -> None:
+    def show(stage: str, done: int, total: int, detail: str = "") -> None:
         quarter = 4 * done // max(total, 1)
         if quarter != quarters.get(stage):
             quarters[stage] = quarter
-            print(f"{stage}: {done} of {total}", file=sys.stderr, flush=True)
+            print(f"{stage}: {done} of {total}" + (f", {detail}" if detail else ""), file=sys.stderr, flush=True)
 
     return show

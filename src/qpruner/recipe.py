@@ -30,6 +30,7 @@ class Recipe(Value):
         width_grid: kept channels are a multiple of this (or all).
         selection: `grid`, or `llm-pruner` for that method's own rule of counting, which knows no grid.
         calibration_windows, window: texts for the scores, and tokens in each.
+        precision: that scores, mutual information and losses are computed in; bfloat16 is faster where hardware has it.
     Bits
         bits: choices for each linear inside the decoder layers; 16 means unquantized.
         allocation: who decides between them.
@@ -61,6 +62,7 @@ class Recipe(Value):
     selection: Literal["grid", "llm-pruner"] = "grid"
     calibration_windows: int = Field(default=64, ge=1)
     window: int = Field(default=512, ge=8)
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     bits: tuple[Literal[4, 8, 16], ...] = (16,)
     allocation: Allocation = "uniform"

@@ -50,12 +50,7 @@ class QPrunerForCausalLM:
 
 
 def assemble(folder: Path, config: QPrunerConfig, *, dtype: torch.dtype) -> nn.Module:
-    plan = Plan.read(folder / PLAN)
-    model = build_skeleton(config.original())
-    graph = discover(model)
-    check_plan(plan, graph)
-    narrow_(model, graph, plan.kept)
-    put_packed_(model, plan)
+    model = shell(folder, config)
     _fill_(model, load_file(folder / WEIGHTS), dtype, folder)
     if (folder / ADAPTER).is_dir():
         adapters.load_adapters_(model, folder / ADAPTER)
@@ -63,6 +58,17 @@ def assemble(folder: Path, config: QPrunerConfig, *, dtype: torch.dtype) -> nn.M
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = type(model.generation_config).from_pretrained(folder)
     return model.eval()
+
+
+def shell(folder: Path, config: QPrunerConfig) -> nn.Module:
+    """The model that the folder's plan makes of the original, without weights and adapters."""
+    plan = Plan.read(folder / PLAN)
+    model = build_skeleton(config.original())
+    graph = discover(model)
+    check_plan(plan, graph)
+    narrow_(model, graph, plan.kept)
+    put_packed_(model, plan)
+    return model
 
 
 def put_packed_(model: nn.Module, plan: Plan) -> None:

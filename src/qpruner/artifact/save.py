@@ -12,10 +12,11 @@ from transformers import PreTrainedConfig
 from qpruner.artifact.config import QPrunerConfig
 from qpruner.artifact.loader import ADAPTER, PLAN, WEIGHTS
 from qpruner.model import adapters
+from qpruner.model.checkpoint import TORCH_DTYPES
 from qpruner.model.cost import TensorSpec
 from qpruner.model.graph import Graph
 from qpruner.model.load import Source
-from qpruner.model.tensors import TORCH_DTYPES, write_safetensors
+from qpruner.model.tensors import write_safetensors
 from qpruner.plan import Plan
 
 TOKENIZER_FILES = (
@@ -28,12 +29,29 @@ WIDTHS = {"kv_group": ("num_attention_heads", "num_key_value_heads"), "channel":
 
 def save_artifact(
     folder: Path,
+    model: nn.Module,
+    graph: Graph,
+    plan: Plan,
+    *,
+    expected: Mapping[str, TensorSpec],
+    dtype: torch.dtype,
+    source: Source,
+) -> None:
+    """`write_artifact` of a model in memory, on which the plan was carried out."""
+    write_artifact(
+        folder, tensors_of(model, expected), lambda: adapters.adapter_state(model, dtype), graph, plan,
+        expected=expected, architecture=type(model).__name__, dtype=dtype, source=source,
+    )  # fmt: skip
+
+
+def write_artifact(
+    folder: Path,
     tensors: Iterable[tuple[str, Tensor]],
     adapter_state: Callable[[], Mapping[str, Tensor]],
     graph: Graph,
     plan: Plan,
     *,
-    expected: dict[str, tuple[str, tuple[int, ...]]],
+    expected: Mapping[str, TensorSpec],
     architecture: str,
     dtype: torch.dtype,
     source: Source,

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from qpruner.do.quantize import made
 from qpruner.model import adapters
+from qpruner.model.checkpoint import TORCH_DTYPES
 from qpruner.model.cost import TensorSpec
 from qpruner.model.graph import Graph
 from qpruner.model.scratch import Scratch
 from qpruner.model.stream import Stream
-from qpruner.model.tensors import TORCH_DTYPES
 from qpruner.plan import Plan
 
 

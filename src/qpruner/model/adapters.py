@@ -146,15 +146,19 @@ def adapter_state(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
     """`model.state_dict()` as it would be without adapters."""
-    layers = tuple(f"{name}." for name in adapter_layers(model))
-    state = {}
-    for key, value in model.state_dict(keep_vars=True).items():
-        owner = next((name for name in layers if key.startswith(name)), None)
-        if owner is None:
-            state[key] = value
-        elif key.startswith(f"{owner}base_layer."):
-            state[owner + key.removeprefix(f"{owner}base_layer.")] = value
-    return state
+    state, stored = model.state_dict(keep_vars=True), stored_names(model)
+    return {stored[key]: value for key, value in state.items() if not stored[key].startswith(PREFIX)}
+
+
+def stored_names(model: nn.Module) -> dict[str, str]:
+    """For every tensor of a model with adapters the name in the files: of the base as without, of adapters PEFT's."""
+    names = {key: key for key in model.state_dict()}
+    for linear in adapter_layers(model):
+        A, B = tensor_names(linear)
+        names |= {f"{linear}.lora_A.{ADAPTER}.weight": A, f"{linear}.lora_B.{ADAPTER}.weight": B}
+        inside = f"{linear}.base_layer."
+        names |= {key: f"{linear}.{key.removeprefix(inside)}" for key in names if key.startswith(inside)}
+    return names
 
 
 def save_adapters(model: nn.Module, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -1,13 +1,14 @@
 """Weight files on disk: which they are, what their headers say, whether they are whole, and whether they fit a model.
 
-Only safetensors are read, and only `check_finite` and `weights_digest` look beyond the headers.
+Only safetensors are read, and only `checked_digest` and `weights_digest` look beyond the headers.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,13 +18,29 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from qpruner.errors import ModelError, listed
+from qpruner.model.cost import TORCH_NAMES
 
+TORCH_DTYPES = {name: dtype for dtype, name in TORCH_NAMES.items()}
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 
 # Buffers that older checkpoints carry and transformers passes over in silence.
 OLD_BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$", r"attn\.(masked_)?bias$", r"attention\.(masked_)?bias$")
+
+
+PIECE_BYTES = 1 << 24  # of a file in memory at once; a multiple of every dtype's size
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in which file a tensor lies."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    n_bytes: int
 
 
 class Header(NamedTuple):
@@ -51,6 +68,20 @@ def weight_files(folder: Path) -> list[Path]:
             )
         return [folder / shard for shard in shards]
     raise _no_safetensors(folder)
+
+
+def places_in(path: Path) -> dict[str, Place]:
+    """Every tensor of a safetensors file whose header `read_headers` has found sound."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    places = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        dtype, shape = TORCH_DTYPES[entry["dtype"]], tuple(entry["shape"])
+        places[name] = Place(path, dtype, shape, 8 + length + start, end - start)
+    return places
 
 
 def _no_safetensors(folder: Path) -> ModelError:
@@ -151,29 +182,48 @@ def refuse_mismatch(name: str, absent: list, unexpected: list, wrong: list) -> N
         )
 
 
-def check_finite(folder: Path) -> None:
-    """Read every tensor once, one at a time, and name those that hold NaN or infinite values.
+def checked_digest(folder: Path) -> str:
+    """`weights_digest`, with every value looked at on the way, so that each file is read once.
 
     Raises:
         ModelError: at least one stored value is not finite.
     """
-    bad = []
+    read_headers(folder)  # refuses damaged files
+    digest, bad = hashlib.sha256(), {}
     for path in weight_files(folder):
-        with _opened(path) as file:
-            for key in file.keys():
-                tensor = file.get_tensor(key)
-                if tensor.is_floating_point() and not _finite(tensor):
-                    bad.append(key)
+        of_file = hashlib.sha256()
+        for name, dtype, piece in _pieces(path):
+            of_file.update(piece)
+            if dtype is not None and dtype.is_floating_point and not _finite(torch.frombuffer(piece, dtype=dtype)):
+                bad[name] = True
+        digest.update(f"{path.name}\0{of_file.hexdigest()}\n".encode())
     if bad:
         raise ModelError(
             f"{len(bad)} tensor(s) of {folder.name!r} hold NaN or infinite values: {listed(bad)}. "
             "Such a model computes nothing that could be kept; fetch it again or use an earlier checkpoint."
         )
+    return digest.hexdigest()
+
+
+def _pieces(path: Path) -> Iterator[tuple[str, torch.dtype | None, memoryview]]:
+    """A file from first byte to last, tensor by tensor, the header without a dtype; pieces share their memory."""
+    places = sorted(places_in(path).items(), key=lambda item: item[1].start)
+    memory = memoryview(bytearray(PIECE_BYTES))
+    with path.open("rb") as file:
+        header = 8 + int.from_bytes(file.read(8), "little")
+        file.seek(0)
+        for name, dtype, left in (("", None, header), *((n, p.dtype, p.n_bytes) for n, p in places)):
+            while left:
+                piece = memory[: min(left, PIECE_BYTES)]
+                if file.readinto(piece) != len(piece):
+                    raise ModelError(f"{path.name} in {path.parent.name!r} is cut short. Fetch it again.")
+                yield name, dtype, piece
+                left -= len(piece)
 
 
 def _finite(tensor: torch.Tensor) -> bool:
     tensor = tensor.float() if tensor.element_size() == 1 else tensor  # isfinite knows no 8-bit floats
-    return all(bool(part.isfinite().all()) for part in tensor.flatten().split(1 << 24))
+    return bool(tensor.isfinite().all())
 
 
 def weights_digest(folder: Path) -> str:

@@ -1,7 +1,7 @@
 """From what a person names to a model in memory, with everything that can be wrong found as early as possible.
 
     inspect_source   names, configuration, safetensors headers: milliseconds, no tensor is read
-    check_finite     every stored value, one tensor at a time
+    checked_digest   every stored value, a piece of a file at a time
     load_model       the module, by transformers' own loading
 
 Nothing here unpickles or runs code that came with a model. The Hub is asked only for `owner/name`, and only for
@@ -33,7 +33,7 @@ from transformers.models.auto.modeling_auto import (
 
 from qpruner.errors import ModelError
 from qpruner.model.checkpoint import OLD_BUFFERS, Header, check_against, not_matching, read_headers, refuse_mismatch
-from qpruner.model.checkpoint import check_finite as check_finite
+from qpruner.model.checkpoint import checked_digest as checked_digest
 from qpruner.model.checkpoint import weight_files as weight_files
 from qpruner.model.checkpoint import weights_digest as weights_digest
 from qpruner.model.pystdlib import BUNDLED_NAME, bundled_folder

@@ -15,9 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qpruner.files import replacing, write_text
+from qpruner.model.checkpoint import TORCH_DTYPES
 from qpruner.model.cost import TORCH_NAMES
-
-TORCH_DTYPES = {name: dtype for dtype, name in TORCH_NAMES.items()}
 
 
 class Scratch:

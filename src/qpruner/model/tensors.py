@@ -1,6 +1,7 @@
 """Where the tensors of a model come from: read one at a time, when they are asked for, by the model's own names.
 
     Stored   as they lie in the safetensors files of a folder
+    Renamed  under other names
     Named    of a model: renamed and joined as transformers does when it loads the folder
     Cut      with the rows and columns removed that a plan removes
 
@@ -8,7 +9,6 @@ Files are read, not mapped: pages of a mapped file count as memory of the proces
 """
 
 import copy
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,12 +23,11 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from qpruner.errors import ModelError, listed
 from qpruner.files import replacing
-from qpruner.model.checkpoint import OLD_BUFFERS, weight_files
+from qpruner.model.checkpoint import OLD_BUFFERS, places_in, weight_files
 from qpruner.model.cost import TORCH_NAMES, TensorSpec, safetensors_header
 from qpruner.model.graph import Graph
 from qpruner.model.surgery import cut_tensor, cuts_of
 
-TORCH_DTYPES = {name: dtype for dtype, name in TORCH_NAMES.items()}
 READ_BYTES = 1 << 30  # the most that one call of the system reads
 
 
@@ -40,17 +39,6 @@ class Tensors(Protocol):
 
     @property
     def bytes_read(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where in which file a tensor lies."""
-
-    path: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    n_bytes: int
 
 
 class Stored:
@@ -81,20 +69,6 @@ class Stored:
             os.close(descriptor)
         self.bytes_read += done
         return memory.view(place.dtype).view(place.shape)
-
-
-def places_in(path: Path) -> dict[str, Place]:
-    """From the header of a safetensors file, which was checked when the model was first looked at."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    places = {}
-    for name, entry in header.items():
-        start, end = entry["data_offsets"]
-        dtype, shape = TORCH_DTYPES[entry["dtype"]], tuple(entry["shape"])
-        places[name] = Place(path, dtype, shape, 8 + length + start, end - start)
-    return places
 
 
 @dataclass
@@ -170,6 +144,20 @@ class Named:
 def _natural(name: str) -> list:
     """Experts in the order of their numbers: 9 before 10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+class Renamed:
+    """Stored tensors under other names: `names` gives the stored one for each of the model's."""
+
+    def __init__(self, stored: Tensors, names: Mapping[str, str]):
+        self._stored, self._names = stored, names
+
+    @property
+    def bytes_read(self) -> int:
+        return self._stored.bytes_read
+
+    def read(self, name: str) -> Tensor:
+        return self._stored.read(self._names.get(name, name))
 
 
 class Cut:

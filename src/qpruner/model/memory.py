@@ -1,0 +1,138 @@
+"""How much memory each stage of a run will take, from shapes alone: a promise that is measured afterwards.
+
+Notation
+    largest  elements of the largest decoder layer, and of its largest matrix
+    batch    tokens that go through a layer at once
+Temporary tensors of a library are estimated by how many copies of what size it holds at its peak; the factors below
+were measured on the CPU.
+"""
+
+import math
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from qpruner.errors import MemoryLimitError
+from qpruner.model.cost import TensorSpec, tensor_bytes
+from qpruner.model.graph import Graph
+
+SCORE_COPIES = {"element-first": 1, "element-mixed": 2}  # float32 tensors per weight of a layer
+LOGIT_COPIES = 3  # float32 logits, log-probabilities and a gradient or second model's
+LOFTQ_COPIES = 7  # of the largest matrix in float32: itself, rounded, error, factors of its decomposition
+FORWARD_COPIES, BACKWARD_COPIES = 1.5, 3.0  # of what goes in and out of a layer's linears
+ARENA = 96 * 2**20  # what the allocator keeps besides
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run will do, in the numbers that memory depends on."""
+
+    score: str
+    calibration: tuple[int, int]  # windows, tokens in each
+    judged: tuple[int, int]  # windows in a batch, tokens in each
+    vocabulary: int
+    dtype: torch.dtype
+    quantizes: bool
+    measures_information: bool
+    whole_bytes: int | None  # of the pruned model in memory with its candidates and adapters, where a stage needs that
+    training_tokens: int  # in one batch
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Peak bytes of the process in each stage. resident: every layer stays in memory once it was read."""
+
+    stages: dict[str, int]
+    resident: bool
+    limit: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.stages.values())
+
+
+class Sizes:
+    """Sizes of a model that no plan has changed yet."""
+
+    def __init__(self, tensors: Mapping[str, TensorSpec], graph: Graph):
+        elements = lambda name: math.prod(tensors[name][1])
+        inside = [[n for n in tensors if n.startswith(f"{path}.")] for path in graph.layers]
+        self.layer = max((sum(map(elements, names)) for names in inside), default=0)
+        self.layer_stored = max((sum(tensor_bytes(tensors[n]) for n in names) for names in inside), default=0)
+        self.matrix = max((elements(n) for names in inside for n in names), default=0)
+        outside = [n for n in tensors if not n.startswith(tuple(f"{path}." for path in graph.layers))]
+        self.ends = max(map(elements, outside), default=0)  # embedding and head are not there at the same time
+        self.all = sum(map(elements, tensors))
+        widths = [sum(s.d_in + s.d_out for s in graph.linears.values() if s.layer == i) for i in range(len(inside))]
+        self.widths, self.all_widths = max(widths, default=0), sum(widths)
+        self.n_units, self.n_layers = len(graph.projections), len(inside)
+
+
+def forecast(sizes: Sizes, work: Work, hidden_size: int, *, limit: int | None = None) -> Forecast:
+    """Whether all layers may stay in memory, and what each stage will take.
+
+    Args:
+        limit: bytes for the whole process; without one, nine tenths of what is free on the machine.
+    Raises:
+        MemoryLimitError: a stage cannot do with so little.
+    """
+    free = psutil.virtual_memory().available * 9 // 10
+    limit = present_bytes() + free if limit is None else limit
+    in_memory = _stages(sizes, work, hidden_size, resident=True)
+    if max(in_memory.values()) <= limit:
+        return Forecast(in_memory, True, limit)
+    streamed = _stages(sizes, work, hidden_size, resident=False)
+    stage, needed = max(streamed.items(), key=lambda item: item[1])
+    if needed > limit:
+        advice = (
+            "Its search or training needs the whole pruned model in memory: raise the limit, or use a recipe without, "
+            "such as one with [allocation=mutual-information,steps=0]."
+            if stage == WHOLE
+            else "Raise the limit, or use shorter windows, or the score `vector`, which keeps no gradient of a weight."
+        )
+        raise MemoryLimitError(
+            f"{stage} takes about {needed / 2**30:.2f} GiB, and {limit / 2**30:.2f} GiB are allowed. {advice}"
+        )
+    return Forecast(streamed, False, limit)
+
+
+WHOLE = "search and recovery"
+
+
+def _stages(sizes: Sizes, work: Work, hidden_size: int, *, resident: bool) -> dict[str, int]:
+    item = work.dtype.itemsize
+    n_windows, window = work.calibration
+    judged_tokens = math.prod(work.judged)
+    weights = sizes.all * item if resident else sizes.layer * item + sizes.layer_stored
+    outside = 0 if resident else sizes.ends * item
+    states = lambda arrays: n_windows * window * hidden_size * item * arrays if resident else 0
+    scores = SCORE_COPIES.get(work.score, 0) * sizes.layer * 4 + sizes.matrix * (2 * item + 8)
+    backward = weights + scores + BACKWARD_COPIES * window * sizes.widths * item + states(sizes.n_layers + 2)
+    loss = outside + LOGIT_COPIES * window * work.vocabulary * 4 + states(sizes.n_layers + 2)
+    loss += weights if resident else 0
+    forward = weights + FORWARD_COPIES * judged_tokens * sizes.widths * item
+    tail = outside + LOGIT_COPIES * judged_tokens * work.vocabulary * 4 + (weights if resident else 0)
+    stages = {"importance": max(backward, loss), "judging": max(forward, tail)}
+    if work.measures_information:
+        stages["mutual information"] = max(forward, tail) + sizes.n_units * min(n_windows, 32) * 256 * 64 * 4
+    if work.quantizes and work.whole_bytes is None:
+        stages["quantizing"] = weights * 4 // item + LOFTQ_COPIES * sizes.matrix * 4
+    if work.whole_bytes is not None:
+        training = work.training_tokens * (sizes.all_widths * 4 + LOGIT_COPIES * work.vocabulary * 4)
+        stages[WHOLE] = work.whole_bytes + max(training, LOFTQ_COPIES * sizes.matrix * 4)
+    present = present_bytes() + ARENA
+    return {name: int(present + size) for name, size in stages.items()}
+
+
+def present_bytes() -> int:
+    """What the process holds now, Python and the libraries included."""
+    return psutil.Process().memory_info().rss
+
+
+def peak_bytes() -> int:
+    """The most that the process has ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
