@@ -3,18 +3,31 @@
 import json
 import os
 import shlex
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from qpruner import __version__
 from qpruner import recipe as recipes
 from qpruner.decide import widths
-from qpruner.errors import OutputError
+from qpruner.errors import MemoryLimitError, OutputError
 from qpruner.files import write_text
 from qpruner.judge import loss as judge
-from qpruner.model import corpus, cost, load
+from qpruner.model import corpus, cost, load, memory
+from qpruner.model.scratch import Scratch
 from qpruner.plan import Budget
-from qpruner.prepare import Prepared, is_artifact, limit_of, prepare, require_weights, shape_of, widths_for
+from qpruner.prepare import (
+    Prepared,
+    bytes_of,
+    evaluation_batch,
+    forecast_for,
+    is_artifact,
+    limit_of,
+    prepare,
+    require_weights,
+    shape_of,
+    widths_for,
+)
 from qpruner.progress import OnProgress, silent
 from qpruner.recipe import Recipe
 from qpruner.report.facts import Facts
@@ -94,7 +107,9 @@ def compress(
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with Run(run_folder, shared=shared) as run:
-        run.event("start", request=digest_of(request))
+        forecast = prepared.forecast
+        run.event("start", request=digest_of(request), memory=forecast.stages, resident=forecast.resident)
+        on_progress(str(forecast), 1, 1)
         decided, measured = Compression(prepared, run, on_progress, measure_speed=measure_speed)()
         command = _command(model, budget, output, chosen.name, seed, texts | {"trials": trials})
         facts = facts_of(prepared, decided, measured, command=command, seconds=run.seconds())
@@ -146,7 +161,7 @@ def inspect(model: str, *, recipe: str | Recipe | None = None, budget: str | Non
 
     Returns:
         `parameters`, `bytes_16bit`, `groups` (name, layer, kind, units, whether it can be pruned), `notes`; with a
-        recipe `predicted`: parameters, bytes, the kept units of each group.
+        recipe `predicted`: parameters, bytes, the kept units of each group, peak memory of each stage on this machine.
     """
     source = load.inspect_source(model)
     shape = shape_of(source)
@@ -171,6 +186,12 @@ def inspect(model: str, *, recipe: str | Recipe | None = None, budget: str | Non
     sizes = {bits: shape.size(shape.plan(chosen, kept, bits)) for bits in chosen.bits}
     stored = shape.stored(shape.plan(chosen, kept, 16))
     largest = max((s.total for s in sizes.values() if s.total <= limit), default=min(s.total for s in sizes.values()))
+    length = min(chosen.window, source.context_length or chosen.window)
+    try:
+        stages = forecast_for(shape, chosen, counts, length, None).stages
+    except MemoryLimitError as error:
+        stages = {}
+        found["notes"].append(str(error))
     found["predicted"] = {
         "recipe": chosen.name,
         "parameters": cost.parameter_count(stored),
@@ -178,6 +199,7 @@ def inspect(model: str, *, recipe: str | Recipe | None = None, budget: str | Non
         "limit_bytes": limit,
         "bytes_by_bits": {str(bits): s.total for bits, s in sizes.items()},
         "kept": counts,
+        "memory_bytes": stages,
     }
     return found
 
@@ -189,30 +211,42 @@ def evaluate(
     window: int = 512,
     windows: int | None = None,
     reference: str | None = None,
+    memory_limit: str | None = None,
     on_progress: OnProgress = silent,
 ) -> dict:
-    """Loss of a model on a text, in float32.
+    """Loss of a model on a text, in float32, layer by layer if it does not fit in memory.
 
     Args:
         text: a file; by default the held-out modules of Python's standard library, in full.
         window: tokens per window, cut to the model's context; windows do not overlap.
         windows: at most this many, from the start.
         reference: another model, for the KL divergence to it.
+        memory_limit: as for `compress`.
     """
+    from qpruner.artifact.opened import open_stream
+
     source = load.inspect_source(model)
     require_weights(source)
     tokenizer = load.load_tokenizer(source)
     held_out = corpus.read_corpus(Path(text), "evaluation") if text else corpus.bundled_corpus("evaluation")
     length = min(window, source.context_length or window)
     cut = corpus.token_windows(held_out, tokenizer, length=length, n_windows=windows, fewest=1)
-    loaded = load.load_model(source)
-    report = judge.evaluate_loss(
-        loaded, cut, batch_size=8, on_batch=lambda done, total: on_progress("evaluating", done, total)
-    )
-    found = {"model": source.name, "text": held_out.name, **report.to_dict(), "protocol": str(report.protocol)}
-    if reference is not None:
-        other = load.load_model(load.inspect_source(reference))
-        found["kl"] = judge.kl_to(loaded, other, cut).to_dict()
+    batch = evaluation_batch(length, load.original_config(source.config).get_text_config(decoder=True).vocab_size)
+    limit = None if memory_limit is None else bytes_of(memory_limit)
+    with tempfile.TemporaryDirectory() as place:
+
+        def judged(of: load.Source, name: str) -> judge.Streamed:
+            resident = memory.fits(of.tensors, limit)
+            show = lambda done, total, pace: on_progress(name, done, total, str(pace))
+            scratch = Scratch(None if resident else Path(place) / name)
+            return judge.Streamed(open_stream(of, resident=resident), scratch, show)
+
+        ours = judged(source, "evaluating")
+        report = judge.evaluate_loss(ours, cut, batch_size=batch)
+        found = {"model": source.name, "text": held_out.name, **report.to_dict(), "protocol": str(report.protocol)}
+        if reference is not None:
+            theirs = judged(load.inspect_source(reference), "reference")
+            found["kl"] = judge.kl_to(ours, theirs, cut, batch_size=batch).to_dict()
     return found
 
 

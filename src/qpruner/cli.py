@@ -66,6 +66,12 @@ Evaluation = Annotated[
     Path | None,
     typer.Option("--evaluation", help="Held-out text for the report. Default: a part of the calibration file."),
 ]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-limit", help="4GiB, for the whole process. A model that does not fit goes through layer by layer."
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same artifact, byte for byte.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
@@ -81,6 +87,7 @@ def compress(
     search_text: SearchText = None,
     evaluation: Evaluation = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Trials of the Bayesian optimization.")] = None,
+    memory_limit: MemoryLimit = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -94,7 +101,7 @@ def compress(
     with bars() as on_progress:
         result = api.compress(
             model, budget, output, recipe=recipe, calibration=calibration, search_text=search_text,
-            evaluation=evaluation, trials=trials, seed=seed, on_progress=on_progress,
+            evaluation=evaluation, trials=trials, memory_limit=memory_limit, seed=seed, on_progress=on_progress,
         )  # fmt: skip
     _show_result(result, as_json)
 
@@ -139,6 +146,7 @@ def evaluate(
     window: Annotated[int, typer.Option(min=8, help="Tokens per window, no overlap.")] = 512,
     windows: Annotated[int | None, typer.Option(min=2, help="At most this many windows, from the start.")] = None,
     reference: Annotated[str | None, typer.Option(help="Also the KL divergence to this model.")] = None,
+    memory_limit: MemoryLimit = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model's loss on a text, with its standard error and the protocol it was measured by."""
@@ -147,8 +155,9 @@ def evaluate(
 
     with bars() as on_progress:
         found = api.evaluate(
-            model, text=text, window=window, windows=windows, reference=reference, on_progress=on_progress
-        )
+            model, text=text, window=window, windows=windows, reference=reference, memory_limit=memory_limit,
+            on_progress=on_progress,
+        )  # fmt: skip
     if as_json:
         _print_json(found)
     else:

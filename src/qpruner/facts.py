@@ -9,7 +9,7 @@ from qpruner import __version__
 from qpruner.compress import Decided, Measured
 from qpruner.decide import search as bayesian
 from qpruner.decide.widths import kept_fractions
-from qpruner.model import cost
+from qpruner.model import cost, memory
 from qpruner.plan import SPECS
 from qpruner.prepare import Prepared
 from qpruner.report import facts as report
@@ -22,6 +22,12 @@ def facts_of(
     prepared: Prepared, decided: Decided, measured: Measured, *, command: str, seconds: dict[str, float]
 ) -> report.Facts:
     plan, size = decided.plan, measured.size
+    used = report.Memory(
+        limit=prepared.forecast.limit,
+        predicted=prepared.forecast.stages,
+        measured=memory.peak_bytes(),
+        layer_by_layer=not prepared.forecast.resident,
+    )
     stored = prepared.shape.stored(prepared.shape.plan(prepared.recipe, plan.kept, 16))
     return report.Facts(
         model_name=prepared.shape.source.name,
@@ -62,9 +68,10 @@ def facts_of(
         ),
         search=search(decided, measured),
         recovery=recovery(prepared, measured),
+        memory=used,
         stages=tuple(report.Stage(name=name, seconds=s) for name, s in seconds.items()),
         warnings=warnings(prepared, decided, measured),
-        notes=tuple(n for n in (prepared.texts.note, *prepared.shape.graph.notes) if n),
+        notes=tuple(n for n in (prepared.texts.note, *prepared.shape.graph.notes, str(used)) if n),
         loads_in="transformers, once qpruner is imported, as an instance of the original class.",
         snippet="import qpruner\nfrom transformers import AutoModelForCausalLM\n\n"
         f"model = AutoModelForCausalLM.from_pretrained({str(prepared.output)!r})",
@@ -211,6 +218,6 @@ def manifest_of(prepared: Prepared, decided: Decided, measured: Measured, reques
 def machine() -> str:
     import torch
 
-    memory = psutil.virtual_memory().total / 2**30
+    total = psutil.virtual_memory().total / 2**30
     accelerator = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no accelerator"
-    return f"{platform.machine()}, {torch.get_num_threads()} threads, {memory:.0f} GiB memory, {accelerator}"
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, {total:.0f} GiB memory, {accelerator}"

@@ -17,7 +17,8 @@ import psutil
 import torch
 
 from qpruner.errors import MemoryLimitError
-from qpruner.model.cost import TensorSpec, tensor_bytes
+from qpruner.model.checkpoint import Header
+from qpruner.model.cost import ITEMSIZE, TensorSpec, tensor_bytes
 from qpruner.model.graph import Graph
 
 SCORE_COPIES = {"element-first": 1, "element-mixed": 2}  # float32 tensors per weight of a layer
@@ -50,9 +51,10 @@ class Forecast:
     resident: bool
     limit: int
 
-    @property
-    def peak(self) -> int:
-        return max(self.stages.values())
+    def __str__(self) -> str:
+        stage, most = max(self.stages.items(), key=lambda item: item[1])
+        how = "all layers in memory" if self.resident else "one layer at a time"
+        return f"memory: {most / 2**30:.2f} GiB ({stage}) of {self.limit / 2**30:.2f}, {how}"
 
 
 class Sizes:
@@ -126,6 +128,16 @@ def _stages(sizes: Sizes, work: Work, hidden_size: int, *, resident: bool) -> di
         stages[WHOLE] = work.whole_bytes + max(training, LOFTQ_COPIES * sizes.matrix * 4)
     present = present_bytes() + ARENA
     return {name: int(present + size) for name, size in stages.items()}
+
+
+def fits(tensors: Mapping[str, Header], limit: int | None) -> bool:
+    """Whether a model may be in memory in float32, beside what judging it takes. tensors: name -> (shape, dtype)."""
+    limit = present_bytes() + psutil.virtual_memory().available * 9 // 10 if limit is None else limit
+    wide = sum(
+        max(4, ITEMSIZE[dtype]) * math.prod(shape) if ITEMSIZE[dtype] > 1 else math.prod(shape)
+        for shape, dtype in tensors.values()
+    )
+    return present_bytes() + ARENA + wide * 5 // 4 + 2**30 // 2 <= limit
 
 
 def present_bytes() -> int:

@@ -25,6 +25,26 @@ class Value(PlanValue):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
+class Memory(Value):
+    """Of the process, in bytes. predicted: of each stage, before it ran. measured: the peak, over the process's life.
+
+    layer_by_layer: only one decoder layer at a time was in memory, as all of them would not have fitted.
+    """
+
+    limit: int
+    predicted: dict[str, int]
+    measured: int
+    layer_by_layer: bool
+
+    def __str__(self) -> str:
+        gib = lambda size: f"{size / 2**30:.2f} GiB"
+        stage, most = max(self.predicted.items(), key=lambda item: item[1])
+        how = "one layer at a time" if self.layer_by_layer else "all layers in memory"
+        return (
+            f"Memory: {gib(most)} predicted ({stage}), {gib(self.measured)} measured, {gib(self.limit)} allowed; {how}."
+        )
+
+
 class Sizes(Value):
     """Stored sizes, in bytes.
 
@@ -257,6 +277,7 @@ class Facts(Value):
     sensitivities: tuple[Sensitivity, ...] = ()
     search: Search | None = None
     recovery: Recovered | None = None
+    memory: Memory | None = None
     stages: tuple[Stage, ...] = ()
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
