@@ -1,5 +1,6 @@
 """The main job on a tiny model: what ships is what was predicted, judged, and asked for."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -14,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_folder import save, tiny_model
 
-from qpruner import api
-from qpruner.errors import BudgetError, CorpusError, ModelError, OutputError, RecipeError
+from qpruner import api, prepare
+from qpruner.errors import BudgetError, CorpusError, MemoryLimitError, ModelError, OutputError, RecipeError
 from qpruner.plan import Plan
 
 SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
@@ -27,6 +28,10 @@ RECIPE = f"qpruner[{QUICK},trials=12]"
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "tiny"
     return save(tiny_model("llama", **SMALL).to(torch.bfloat16), folder, tokenizer=True)
+
+
+class Interrupted(Exception):
+    pass
 
 
 def compress(model, out, **options) -> api.Result:
@@ -156,9 +161,6 @@ def test_another_request_does_not_overwrite(model, result):
 
 @pytest.mark.parametrize("stage", ["importance", "sensitivity", "search", "recovery", "judging the artifact"])
 def test_an_interrupted_run_ends_in_the_same_bytes(model, result, tmp_path, stage):
-    class Interrupted(Exception):
-        pass
-
     def stop(name: str, done: int, total: int, detail: str = "") -> None:
         if name == stage and done >= min(2, total):
             raise Interrupted
@@ -236,6 +238,56 @@ def test_a_user_s_own_text_is_split_in_three(model, tmp_path):
     assert "text.txt" in made.facts.protocol
     digests = json.loads((made.artifact / "manifest.json").read_text())["digests"]["texts"]
     assert len(set(digests.values())) == 3
+
+
+# --- a model that does not fit in memory ---
+
+
+@pytest.fixture
+def one_layer_at_a_time(monkeypatch):
+    """As if there were room for one layer: the package itself takes a thousand times the memory of a tiny model."""
+    fitting = prepare.forecast_for
+    tight = lambda *args: dataclasses.replace(fitting(*args), resident=False)
+    monkeypatch.setattr(prepare, "forecast_for", tight)
+
+
+STREAMABLE = ["qpruner[{},allocation=mutual-information,steps=0]", "llm-pruner[{},score=vector,steps=0,adapter_rank=0]"]
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, *(r.format(QUICK) for r in STREAMABLE)])
+def test_layer_by_layer_ends_in_the_same_bytes(model, tmp_path, one_layer_at_a_time, monkeypatch, recipe):
+    made = compress(model, tmp_path / "streamed", budget="80%", recipe=recipe)
+    assert made.facts.memory.layer_by_layer
+    assert not list((tmp_path / "streamed.run" / "passes").iterdir()), "nothing is left of the passes"
+    monkeypatch.undo()
+    whole = compress(model, tmp_path / "whole", budget="80%", recipe=recipe)
+    assert not whole.facts.memory.layer_by_layer
+    assert weights(made.artifact) == weights(whole.artifact)
+
+
+@pytest.mark.parametrize("stage", ["judging the original", "importance", "mutual information", "quantizing"])
+def test_a_killed_pass_goes_on_at_the_layer_where_it_stopped(model, tmp_path, one_layer_at_a_time, stage):
+    recipe = STREAMABLE[0].format(QUICK)
+
+    def stop(name: str, done: int, total: int, detail: str = "") -> None:
+        if name == stage and done == 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        compress(model, tmp_path / "out", recipe=recipe, on_progress=stop)
+    seen = []
+    note = lambda name, done, total, detail="": seen.append(done) if name == stage else None
+    again = compress(model, tmp_path / "out", recipe=recipe, on_progress=note)
+    assert seen[0] == 3
+    assert weights(again.artifact) == weights(compress(model, tmp_path / "at once", recipe=recipe).artifact)
+
+
+def test_a_limit_that_cannot_be_kept_is_refused_with_numbers(model, tmp_path):
+    with pytest.raises(MemoryLimitError, match=r"information takes about [\d.]+ GiB, and 0.05 GiB are allowed"):
+        compress(model, tmp_path / "out", recipe=STREAMABLE[0].format(QUICK), memory_limit="50MiB")
+    with pytest.raises(BudgetError, match="memory limit '50%' is no size"):
+        compress(model, tmp_path / "out", memory_limit="50%")
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- what cannot be served leaves nothing behind ---

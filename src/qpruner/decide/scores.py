@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qpruner.math import taylor
 from qpruner.model.graph import Graph, LinearSite, Stack
 from qpruner.model.scratch import Scratch
-from qpruner.model.stream import OnLayer, Stream, Watch
+from qpruner.model.stream import OnLayer, Results, Stream, Watch
 
 UnitScores = dict[str, Tensor]  # group -> (n_units,) float32, higher = keep
 Saliences = dict[tuple[str, int], Tensor]  # linear or stack, dim -> one value per row (dim 1) or column (dim 0)
@@ -188,7 +188,7 @@ def key_of(site: str, dim: int) -> str:
     return f"{site}/{dim}"
 
 
-def saliences_of(results: list[dict[str, Tensor]]) -> Saliences:
+def saliences_of(results: Results) -> Saliences:
     return {(key[:-2], int(key[-1])): value for result in results for key, value in result.items()}
 
 

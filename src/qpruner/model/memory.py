@@ -90,19 +90,18 @@ def forecast(sizes: Sizes, work: Work, hidden_size: int, *, limit: int | None = 
     streamed = _stages(sizes, work, hidden_size, resident=False)
     stage, needed = max(streamed.items(), key=lambda item: item[1])
     if needed > limit:
-        advice = (
-            "Its search or training needs the whole pruned model in memory: raise the limit, or use a recipe without, "
-            "such as one with [allocation=mutual-information,steps=0]."
-            if stage == WHOLE
-            else "Raise the limit, or use shorter windows, or the score `vector`, which keeps no gradient of a weight."
-        )
         raise MemoryLimitError(
-            f"{stage} takes about {needed / 2**30:.2f} GiB, and {limit / 2**30:.2f} GiB are allowed. {advice}"
+            f"{stage} takes about {needed / 2**30:.2f} GiB, and {limit / 2**30:.2f} GiB are allowed. Raise the limit, "
+            f"or {LESS.get(stage, 'use shorter windows')}."
         )
     return Forecast(streamed, False, limit)
 
 
 WHOLE = "search and recovery"
+LESS = {  # what takes less memory, by stage
+    "importance": "use shorter windows, or the score `vector`, which keeps no gradient of a weight",
+    WHOLE: "use a recipe that never needs the whole pruned model at once: [allocation=mutual-information,steps=0]",
+}
 
 
 def _stages(sizes: Sizes, work: Work, hidden_size: int, *, resident: bool) -> dict[str, int]:

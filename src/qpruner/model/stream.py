@@ -24,7 +24,20 @@ from qpruner.model.tensors import Tensors
 
 # Entered around the work of one decoder layer, by its index; what it gives is called for the layer's result at the end.
 Watch = Callable[[int], AbstractContextManager[Callable[[], Mapping[str, Tensor]]]]
-Results = list[dict[str, Tensor]]  # of every layer
+
+
+@dataclass(frozen=True)
+class Results(Sequence[dict[str, Tensor]]):
+    """What a watch gave for every layer, read when it is asked for: all together it may not fit in memory."""
+
+    scratch: Scratch
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return self.scratch.result(self.names[i])
 
 
 @dataclass(frozen=True)
@@ -79,7 +92,7 @@ class Stream:
         """
         walk = _Walk(self, ids, scratch, batch_size, on_layer, n_steps=self.n_layers)
         walk.forward(watch or _unwatched, keep_inputs=False)
-        return [scratch.result(f"forward-{i}") for i in range(self.n_layers)]
+        return Results(scratch, tuple(f"forward-{i}" for i in range(self.n_layers)))
 
     def logits(self, ids: Tensor, scratch: Scratch, *, batch_size: int = 1) -> Iterator[Tensor]:
         """Logits of every batch, (batch, length, vocabulary), after `forward` with the same arguments."""
@@ -102,7 +115,7 @@ class Stream:
             walk.forward(_unwatched, keep_inputs=True)
             walk.loss()
             walk.backward(watch)
-        return [scratch.result(f"backward-{i}") for i in range(self.n_layers)]
+        return Results(scratch, tuple(f"backward-{i}" for i in range(self.n_layers)))
 
     def layers(self, order: Sequence[int] | None = None) -> Iterator[tuple[int, nn.Module]]:
         """Decoder layers in turn, all of them or those named, each with its weights."""
