@@ -13,8 +13,8 @@ from torch import Tensor
 def add_gram_(G: Float[Tensor, "d d"], X: Float[Tensor, "tokens d"]) -> None:
     """G += X^T X, in place.
 
-    The product is taken in float32 at least, one batch at a time, and summed in the dtype of G: batches of some thousand
-    tokens lose nothing that a sum over millions of them would show.
+    The product is taken in float32 at least, one batch at a time, and summed in the dtype of G: batches of some
+    thousand tokens lose nothing that a sum over millions of them would show.
     """
     X = X if X.dtype == torch.float64 else X.float()
     G += (X.T @ X).to(G.dtype)
