@@ -78,6 +78,11 @@ def job(folder: Path, output: Path, score: str, dtype: str) -> dict:
     n_layers = len(shape.graph.layers)
     chosen = recipe.load(f"llm-pruner-20[steps=0,adapter_rank=0,layers=[{n_layers // 8},{n_layers - n_layers // 16}]]")
     at_rest = memory.peak_bytes()
+    counts = widths.counts(shape.graph, chosen, chosen.kept)
+    asked = chosen.model_copy(update={"calibration_windows": WINDOWS, "precision": dtype, "score": score})
+    work = prepare.work_for(shape, asked, counts, LENGTH)
+    sizes = memory.Sizes(shape.tensors, shape.graph)
+    promised = memory.stages_of(sizes, work, shape.hidden_size, resident=False)["importance"]
     ids = torch.randint(3, 32000, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(1))
     show = lambda done, total, pace: print(f"layer {done} of {total}: {pace}", file=sys.stderr, flush=True)
     scratch = Scratch(output / "scratch")
@@ -85,7 +90,7 @@ def job(folder: Path, output: Path, score: str, dtype: str) -> dict:
     scores = SCORERS[score](stream, shape.graph, ids, torch.Generator(), scratch, show)
     scratch.clear()
     scored = time.monotonic()
-    kept = widths.select(scores, widths.counts(shape.graph, chosen, chosen.kept))
+    kept = widths.select(scores, counts)
     plan = shape.plan(chosen, kept, 16)
     model = build_skeleton(source.config)
     whole = Named(model, Stored.of(folder))
@@ -101,8 +106,8 @@ def job(folder: Path, output: Path, score: str, dtype: str) -> dict:
     on_disk = sum(path.stat().st_size for path in (output / "artifact").glob("*.safetensors"))
     assert on_disk == size.total, (on_disk, size.total)
     return dict(
-        scores_s=scored - start, saving_s=end - scored, total_s=end - start, at_rest=at_rest, peak=memory.peak_bytes(),
-        parameters=(size.linears + size.embeddings + size.other) // 2, artifact_bytes=on_disk,
+        scores_s=scored - start, saving_s=end - scored, total_s=end - start, at_rest=at_rest, promised=promised,
+        peak=memory.peak_bytes(), parameters=(size.linears + size.embeddings + size.other) // 2, artifact_bytes=on_disk,
     )  # fmt: skip
 
 
@@ -170,20 +175,22 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.score}, {args.dtype}", flush=True)
     if args.profile:
-        print("| hidden | layers | at rest GiB | peak GiB |\n|---|---|---|---|")
+        print("| hidden | layers | at rest GiB | predicted GiB | peak GiB |\n|---|---|---|---|---|")
         for hidden, layers in ((2048, 16), (4096, 4), (4096, 8), (4096, 16)):
             found = measured(args.folder, hidden, layers, args.score, args.dtype)
-            print(f"| {hidden} | {layers} | {found['at_rest'] / GIB:.2f} | {found['peak'] / GIB:.2f} |", flush=True)
+            cells = [hidden, layers, *(f"{found[key] / GIB:.2f}" for key in ("at_rest", "promised", "peak"))]
+            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
     before = in_fresh_process("arithmetic", "--dtype", args.dtype)
     found = measured(args.folder, 4096, 32, args.score, args.dtype)
     after = in_fresh_process("arithmetic", "--dtype", args.dtype)
     bare = (before["total_s"] + after["total_s"]) / 2
     print(f"arithmetic: {before['total_s']:.0f} s before, {after['total_s']:.0f} s after the job")
+    gib = {key: f"{found[key] / GIB:.2f}" for key in ("peak", "promised", "at_rest")}
     print(
         f"job: {found['total_s']:.0f} s ({found['scores_s']:.0f} scores, {found['saving_s']:.0f} pruning and saving), "
-        f"{found['total_s'] / bare:.2f} times the arithmetic; peak {found['peak'] / GIB:.2f} GiB, "
-        f"{found['at_rest'] / GIB:.2f} of it before any weight was read; {found['parameters']:,} parameters left, "
-        f"{found['artifact_bytes']:,} bytes"
+        f"{found['total_s'] / bare:.2f} times the arithmetic\n"
+        f"peak {gib['peak']} GiB, {gib['promised']} predicted, {gib['at_rest']} before any weight was read\n"
+        f"{found['parameters']:,} parameters left, {found['artifact_bytes']:,} bytes"
     )
 
 

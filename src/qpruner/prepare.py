@@ -234,13 +234,18 @@ def forecast_for(
     shape: Shape, recipe: Recipe, counts: widths.Counts, window: int, limit: int | None
 ) -> memory.Forecast:
     """Peak memory of every stage, and whether all layers may stay in memory; refused where a stage needs more."""
+    sizes = memory.Sizes(shape.tensors, shape.graph)
+    return memory.forecast(sizes, work_for(shape, recipe, counts, window), shape.hidden_size, limit=limit)
+
+
+def work_for(shape: Shape, recipe: Recipe, counts: widths.Counts, window: int) -> memory.Work:
     whole = None
     if needs_all_in_memory(recipe):
         kept = widths.first_units(counts)
         sizes = {bits: shape.size(shape.plan(recipe, kept, bits)) for bits in {16, *recipe.bits}}
         candidates = sum(sizes[bits].linears for bits in recipe.bits if bits < 16)
         whole = 2 * sizes[16].total + candidates + 2 * sizes[16].adapters
-    work = memory.Work(
+    return memory.Work(
         score=recipe.score,
         calibration=(recipe.calibration_windows, window),
         judged=(evaluation_batch(window, shape.vocabulary), window),
@@ -251,7 +256,6 @@ def forecast_for(
         whole_bytes=whole,
         training_tokens=recipe.batch_size * window if recipe.steps and recipe.adapter_rank else 0,
     )
-    return memory.forecast(memory.Sizes(shape.tensors, shape.graph), work, shape.hidden_size, limit=limit)
 
 
 def evaluation_batch(window: int, vocabulary: int) -> int:

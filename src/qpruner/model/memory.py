@@ -84,10 +84,10 @@ def forecast(sizes: Sizes, work: Work, hidden_size: int, *, limit: int | None = 
     """
     free = psutil.virtual_memory().available * 9 // 10
     limit = present_bytes() + free if limit is None else limit
-    in_memory = _stages(sizes, work, hidden_size, resident=True)
+    in_memory = stages_of(sizes, work, hidden_size, resident=True)
     if max(in_memory.values()) <= limit:
         return Forecast(in_memory, True, limit)
-    streamed = _stages(sizes, work, hidden_size, resident=False)
+    streamed = stages_of(sizes, work, hidden_size, resident=False)
     stage, needed = max(streamed.items(), key=lambda item: item[1])
     if needed > limit:
         raise MemoryLimitError(
@@ -104,7 +104,8 @@ LESS = {  # what takes less memory, by stage
 }
 
 
-def _stages(sizes: Sizes, work: Work, hidden_size: int, *, resident: bool) -> dict[str, int]:
+def stages_of(sizes: Sizes, work: Work, hidden_size: int, *, resident: bool) -> dict[str, int]:
+    """Peak bytes of the process in each stage, beside what it holds now."""
     item = work.dtype.itemsize
     n_windows, window = work.calibration
     judged_tokens = math.prod(work.judged)
