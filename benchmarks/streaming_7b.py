@@ -111,32 +111,33 @@ def job(folder: Path, output: Path, score: str, dtype: str) -> dict:
     )  # fmt: skip
 
 
-def arithmetic(dtype: str) -> dict:
+def arithmetic(score: str, dtype: str) -> dict:
     """Seconds of forward and backward, weight gradients included, without reading or writing anything."""
+    from qpruner.decide.scores import batch_of
+
     config = config_of(4096, 1)
-    config._attn_implementation = "sdpa"
-    with torch.device("cpu"):
-        model = LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
+    model = LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
+    model.lm_head.requires_grad_(False)
     ids = torch.randint(3, 32000, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(1))
     layer, rotary = model.model.layers[0], model.model.rotary_emb
-    hidden = torch.randn(1, LENGTH, 4096).to(getattr(torch, dtype))
-    position = rotary(hidden, torch.arange(LENGTH)[None])
+    together = batch_of(ids) if score in ("element-first", "vector") else 1  # as the job does it
+    hidden = torch.randn(WINDOWS, LENGTH, 4096).to(getattr(torch, dtype)).split(together)
+    position = rotary(hidden[0], torch.arange(LENGTH)[None])
 
     def one_layer() -> float:
         start = time.monotonic()
-        for _ in range(WINDOWS):
-            x = hidden.clone().requires_grad_()
-            layer(x, position_embeddings=position, attention_mask=None).backward(hidden)
-            layer.zero_grad()
+        for batch in hidden:
+            x = batch.clone().requires_grad_()
+            layer(x, position_embeddings=position, attention_mask=None).backward(batch)
+        layer.zero_grad()
         return time.monotonic() - start
 
     def head() -> float:
         start = time.monotonic()
-        for window in ids:
-            x = hidden.clone().requires_grad_()
+        for batch, rows in zip(hidden, ids.split(together), strict=True):
+            x = batch.clone().requires_grad_()
             logits = model.lm_head(model.model.norm(x)).float()
-            torch.nn.functional.cross_entropy(logits[0, :-1], window[1:]).backward()
-            model.zero_grad()
+            torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten()).backward()
         return time.monotonic() - start
 
     one_layer(), head()
@@ -170,7 +171,7 @@ def main() -> None:
         print(json.dumps(job(args.folder, args.output, args.score, args.dtype)))
         return
     if args.only == "arithmetic":
-        print(json.dumps(arithmetic(args.dtype)))
+        print(json.dumps(arithmetic(args.score, args.dtype)))
         return
     args.folder.mkdir(parents=True, exist_ok=True)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.score}, {args.dtype}", flush=True)
@@ -180,9 +181,9 @@ def main() -> None:
             found = measured(args.folder, hidden, layers, args.score, args.dtype)
             cells = [hidden, layers, *(f"{found[key] / GIB:.2f}" for key in ("at_rest", "promised", "peak"))]
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-    before = in_fresh_process("arithmetic", "--dtype", args.dtype)
+    before = in_fresh_process("arithmetic", "--score", args.score, "--dtype", args.dtype)
     found = measured(args.folder, 4096, 32, args.score, args.dtype)
-    after = in_fresh_process("arithmetic", "--dtype", args.dtype)
+    after = in_fresh_process("arithmetic", "--score", args.score, "--dtype", args.dtype)
     bare = (before["total_s"] + after["total_s"]) / 2
     print(f"arithmetic: {before['total_s']:.0f} s before, {after['total_s']:.0f} s after the job")
     gib = {key: f"{found[key] / GIB:.2f}" for key in ("peak", "promised", "at_rest")}

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qpruner.decide import widths
 from qpruner.decide.draft import draft
+from qpruner.decide.scores import BATCH_TOKENS
 from qpruner.errors import BudgetError, MissingExtraError, ModelError, OutputError, RecipeError
 from qpruner.model import checkpoint, corpus, cost, load, memory
 from qpruner.model.corpus import Corpus, Windows
@@ -248,6 +249,7 @@ def work_for(shape: Shape, recipe: Recipe, counts: widths.Counts, window: int) -
     return memory.Work(
         score=recipe.score,
         calibration=(recipe.calibration_windows, window),
+        score_tokens=max(window, BATCH_TOKENS),
         judged=(evaluation_batch(window, shape.vocabulary), window),
         vocabulary=shape.vocabulary,
         dtype=getattr(torch, recipe.precision),

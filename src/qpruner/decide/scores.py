@@ -17,9 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from qpruner.math import taylor
+from qpruner.math.grids import tiles
 from qpruner.model.graph import Graph, LinearSite, Stack
 from qpruner.model.scratch import Scratch
 from qpruner.model.stream import OnLayer, Results, Stream, Watch
+
+BATCH_TOKENS = 1024
 
 UnitScores = dict[str, Tensor]  # group -> (n_units,) float32, higher = keep
 Saliences = dict[tuple[str, int], Tensor]  # linear or stack, dim -> one value per row (dim 1) or column (dim 0)
@@ -68,7 +71,7 @@ def sites_of(graph: Graph, layer: int) -> list[LinearSite | Stack]:
 
 
 class Sums:
-    """For saliences that are linear in what one window adds: one number per row, and one per column."""
+    """For saliences that are linear in what one window adds: one number per column, and one per row."""
 
     def __init__(self, contribution: Callable[..., Tensor]):
         self._contribution, self._sums = contribution, {0: 0.0, 1: 0.0}
@@ -77,8 +80,8 @@ class Sums:
         for dim in self._sums:
             self._sums[dim] = self._sums[dim] + self._contribution(W, g, dim=dim) / n_windows
 
-    def salience(self, W: Tensor, dim: int) -> Tensor:
-        return self._sums[dim].abs()
+    def saliences(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        return self._sums[0].abs(), self._sums[1].abs()
 
 
 class Means:
@@ -91,13 +94,19 @@ class Means:
         if self._G is None:
             self._G = torch.zeros_like(g, dtype=torch.promote_types(g.dtype, torch.float32))
             self._F = torch.zeros_like(self._G) if self._fisher else None
-        self._G.add_(g, alpha=1 / n_windows)
-        if self._fisher:
-            wide = g.to(self._G.dtype)
-            self._F.addcmul_(wide, wide, value=1 / n_windows)
+        for rows in tiles(*g.shape):  # each stays in the cache, and no temporary is as large as the weight
+            wide = g[rows].to(self._G.dtype)
+            self._G[rows].add_(wide, alpha=1 / n_windows)
+            if self._fisher:
+                self._F[rows].addcmul_(wide, wide, value=1 / n_windows)
 
-    def salience(self, W: Tensor, dim: int) -> Tensor:
-        return self._salience(W, self._G, self._F, dim=dim)
+    def saliences(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        columns, by_row = 0.0, []
+        for rows in tiles(*W.shape):
+            part = W[rows], self._G[rows], self._F[rows] if self._fisher else None
+            columns = columns + self._salience(*part, dim=0)
+            by_row.append(self._salience(*part, dim=1))
+        return columns, torch.cat(by_row)
 
 
 def gradient_watch(
@@ -126,9 +135,9 @@ def gradient_watch(
             found = {}
             for site in sites:
                 W = weights[site.name].detach()
-                for dim in (0, 1):
-                    parts = [sums[matrix].salience(matrix.of(W), dim) for matrix in matrices_of(site)]
-                    found[key_of(site.name, dim)] = torch.cat(parts)
+                parts = [sums[matrix].saliences(matrix.of(W)) for matrix in matrices_of(site)]
+                for dim, vectors in enumerate(zip(*parts, strict=True)):
+                    found[key_of(site.name, dim)] = torch.cat(vectors)
             return found
 
         with ExitStack() as stack:
@@ -192,10 +201,18 @@ def saliences_of(results: Results) -> Saliences:
     return {(key[:-2], int(key[-1])): value for result in results for key, value in result.items()}
 
 
-def gradient_scorer(start: Callable[[], Sums | Means]) -> Scorer:
+def batch_of(windows: Tensor) -> int:
+    """Windows that go through a layer together, where the sum of their gradients is all that is wanted."""
+    return max(1, BATCH_TOKENS // windows.shape[1])
+
+
+def gradient_scorer(start: Callable[[], Sums | Means], *, squares: bool) -> Scorer:
+    """squares: of the gradient of every single window."""
+
     def scorer(stream, graph, windows, generator, scratch, on_layer) -> UnitScores:
         watch = gradient_watch(stream, lambda layer: sites_of(graph, layer), len(windows), start)
-        return per_unit(graph, saliences_of(stream.backward(windows, scratch, watch=watch, on_layer=on_layer)))
+        how = dict(watch=watch, batch_size=1 if squares else batch_of(windows), on_layer=on_layer)
+        return per_unit(graph, saliences_of(stream.backward(windows, scratch, **how)))
 
     return scorer
 
@@ -215,7 +232,8 @@ def vector(stream, graph, windows, generator, scratch, on_layer) -> UnitScores:
         with linears(layer) as ours, stacks(layer) as theirs:
             yield lambda: ours() | theirs()
 
-    return per_unit(graph, saliences_of(stream.backward(windows, scratch, watch=watch, on_layer=on_layer)))
+    how = dict(watch=watch, batch_size=batch_of(windows), on_layer=on_layer)
+    return per_unit(graph, saliences_of(stream.backward(windows, scratch, **how)))
 
 
 # --- scores without gradients ----------------------------------------------------------------------------------------
@@ -240,9 +258,9 @@ def random_scores(stream, graph, windows, generator, scratch, on_layer) -> UnitS
 
 SCORERS: dict[str, Scorer] = {
     "vector": vector,
-    "element-first": gradient_scorer(lambda: Means(taylor.element_first, fisher=False)),
-    "element-second": gradient_scorer(lambda: Sums(taylor.second_order)),
-    "element-mixed": gradient_scorer(lambda: Means(taylor.element_mixed, fisher=True)),
+    "element-first": gradient_scorer(lambda: Means(taylor.element_first, fisher=False), squares=False),
+    "element-second": gradient_scorer(lambda: Sums(taylor.second_order), squares=True),
+    "element-mixed": gradient_scorer(lambda: Means(taylor.element_mixed, fisher=True), squares=True),
     "magnitude": magnitude,
     "random": random_scores,
 }

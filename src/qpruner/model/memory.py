@@ -34,6 +34,7 @@ class Work:
 
     score: str
     calibration: tuple[int, int]  # windows, tokens in each
+    score_tokens: int  # that go through a layer at once while scores are measured
     judged: tuple[int, int]  # windows in a batch, tokens in each
     vocabulary: int
     dtype: torch.dtype
@@ -112,9 +113,9 @@ def stages_of(sizes: Sizes, work: Work, hidden_size: int, *, resident: bool) -> 
     weights = sizes.all * item if resident else sizes.layer * item + sizes.layer_stored
     outside = 0 if resident else sizes.ends * item
     states = lambda arrays: n_windows * window * hidden_size * item * arrays if resident else 0
-    scores = SCORE_COPIES.get(work.score, 0) * sizes.layer * 4 + sizes.matrix * (2 * item + 8)
-    backward = weights + scores + BACKWARD_COPIES * window * sizes.widths * item + states(sizes.n_layers + 2)
-    loss = outside + LOGIT_COPIES * window * work.vocabulary * 4 + states(sizes.n_layers + 2)
+    scores = SCORE_COPIES.get(work.score, 0) * sizes.layer * 4 + sizes.matrix * 2 * item
+    backward = weights + scores + BACKWARD_COPIES * work.score_tokens * sizes.widths * item + states(sizes.n_layers + 2)
+    loss = outside + LOGIT_COPIES * work.score_tokens * work.vocabulary * 4 + states(sizes.n_layers + 2)
     loss += weights if resident else 0
     forward = weights + FORWARD_COPIES * judged_tokens * sizes.widths * item
     tail = outside + LOGIT_COPIES * judged_tokens * work.vocabulary * 4 + (weights if resident else 0)

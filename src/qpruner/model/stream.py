@@ -103,15 +103,24 @@ class Stream:
                     logits = self._stage.after(hidden).logits
                 yield logits
 
-    def backward(self, ids: Tensor, scratch: Scratch, *, watch: Watch, on_layer: OnLayer | None = None) -> Results:
-        """The mean loss of every window, one window at a time, back through all layers.
+    def backward(
+        self,
+        ids: Tensor,
+        scratch: Scratch,
+        *,
+        watch: Watch,
+        batch_size: int = 1,
+        on_layer: OnLayer | None = None,
+    ) -> Results:
+        """The mean loss of every window, back through all layers.
 
         Args:
+            batch_size: windows that go through a layer together, where the sum of their gradients will do.
             watch: is entered for a layer before the windows go through it with gradients, in order; it may hook into
                 the layer's modules and have its weights require gradients.
         """
         with torch.inference_mode(False):
-            walk = _Walk(self, ids, scratch, 1, on_layer, n_steps=2 * self.n_layers)
+            walk = _Walk(self, ids, scratch, batch_size, on_layer, n_steps=2 * self.n_layers)
             walk.forward(_unwatched, keep_inputs=True)
             walk.loss()
             walk.backward(watch)
@@ -160,7 +169,7 @@ class _Walk:
             for first, rows in self._batches:
                 hidden = self._get(f"hidden-{self._n_layers}", first, len(rows)).requires_grad_()
                 loss = self._stage.after(hidden, labels=rows.to(self._device)).loss
-                loss.backward()
+                (loss * len(rows)).backward()  # windows are of one length, so this is the sum of their means
                 losses.append(loss.detach().cpu())
                 self._scratch.put(f"gradient-{self._n_layers}", first, hidden.grad)
         self._scratch.finish("loss", {"loss": torch.stack(losses)})
