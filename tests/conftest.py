@@ -1,15 +1,31 @@
+import atexit
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# transformers copies code that comes with a model there before it runs it, and reads this when it is imported
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="qpruner-tests-")
 
 import pytest
 import torch
+
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread_per_worker():
     """Two test workers on two cores: more threads than cores cost several times the work itself."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def short_text(tmp_path_factory) -> Path:
+    """A text that is quickly read and cut, where a test does not ask how good anything is."""
+    path = tmp_path_factory.mktemp("text") / "short.txt"
+    path.write_text("\n".join(f"line {i} says that {i * 37 % 101} follows {i % 13}" for i in range(2000)))
+    return path
 
 
 @pytest.fixture

@@ -21,7 +21,6 @@ from qpruner.prepare import (
     bytes_of,
     evaluation_batch,
     forecast_for,
-    is_artifact,
     limit_of,
     prepare,
     require_weights,
@@ -61,6 +60,7 @@ def compress(
     shared: Path | None = None,
     memory_limit: str | None = None,
     measure_speed: bool = True,
+    trust_remote_code: bool = False,
     on_progress: OnProgress = silent,
 ) -> Result:
     """Make the best model of a given size, in a folder that `AutoModelForCausalLM.from_pretrained` loads.
@@ -76,6 +76,7 @@ def compress(
         memory_limit: `4GiB`, for the whole process; by default what is free on the machine. A model that does not fit
             goes through layer by layer; the artifact is the same.
         measure_speed: also time both models, each in a fresh process.
+        trust_remote_code: let Python code that came with the model run; the artifact carries that code on.
         on_progress: called with stage, done, total.
     Raises:
         QPrunerError: the request or its input cannot be served; nothing was written.
@@ -97,12 +98,13 @@ def compress(
         recipe=chosen,
         seed=seed,
         memory_limit=memory_limit,
+        trust_remote_code=trust_remote_code,
         **{k: v and Path(v) for k, v in texts.items()},
     )
     request = request_of(prepared)
     run_folder = output.with_name(output.name + ".run")
     report = run_folder / "report.html"
-    if is_artifact(output):
+    if load.is_artifact(output):
         return _finished(output, run_folder, request)
 
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +113,7 @@ def compress(
         run.event("start", request=digest_of(request), memory=forecast.stages, resident=forecast.resident)
         on_progress(str(forecast), 1, 1)
         decided, measured = Compression(prepared, run, on_progress, measure_speed=measure_speed)()
-        command = _command(model, budget, output, chosen.name, seed, texts | {"trials": trials})
+        command = _command(model, budget, output, chosen.name, seed, texts | {"trials": trials}, trust_remote_code)
         facts = facts_of(prepared, decided, measured, command=command, seconds=run.seconds())
         write_manifest(partial(output), manifest_of(prepared, decided, measured, request))
         write_text(run_folder / "facts.json", facts.to_json())
@@ -121,11 +123,14 @@ def compress(
     return Result(output, report, facts)
 
 
-def _command(model: str, budget: str, output: Path, recipe: str, seed: int, options: dict) -> str:
+def _command(
+    model: str, budget: str, output: Path, recipe: str, seed: int, options: dict, trust_remote_code: bool
+) -> str:
     """What a person types to repeat the run."""
     words = ["qpruner", "compress", model, "--budget", budget, "-o", str(output), "--recipe", recipe]
     for name, value in options.items():
         words += [] if value is None else ["--" + name.replace("_", "-"), str(value)]
+    words += ["--trust-remote-code"] if trust_remote_code else []
     return shlex.join([*words, "--seed", str(seed)])
 
 
@@ -156,14 +161,18 @@ def _finished(output: Path, run_folder: Path, request: dict) -> Result:
     return Result(output, run_folder / "report.html", Facts.read(run_folder / "facts.json"))
 
 
-def inspect(model: str, *, recipe: str | Recipe | None = None, budget: str | None = None) -> dict:
+def inspect(
+    model: str, *, recipe: str | Recipe | None = None, budget: str | None = None, trust_remote_code: bool = False
+) -> dict:
     """Groups and sizes of a model, from its configuration alone; with a recipe and a budget, what would be left of it.
 
+    Args:
+        trust_remote_code: let Python code that came with the model run.
     Returns:
         `parameters`, `bytes_16bit`, `groups` (name, layer, kind, units, whether it can be pruned), `notes`; with a
         recipe `predicted`: parameters, bytes, the kept units of each group, peak memory of each stage on this machine.
     """
-    source = load.inspect_source(model)
+    source = load.inspect_source(model, trust_remote_code=trust_remote_code)
     shape = shape_of(source)
     found = {
         "model": source.name,
@@ -212,6 +221,7 @@ def evaluate(
     windows: int | None = None,
     reference: str | None = None,
     memory_limit: str | None = None,
+    trust_remote_code: bool = False,
     on_progress: OnProgress = silent,
 ) -> dict:
     """Loss of a model on a text, in float32, layer by layer if it does not fit in memory.
@@ -222,16 +232,17 @@ def evaluate(
         windows: at most this many, from the start.
         reference: another model, for the KL divergence to it.
         memory_limit: as for `compress`.
+        trust_remote_code: let Python code that came with either model run.
     """
     from qpruner.artifact.opened import open_stream
 
-    source = load.inspect_source(model)
+    source = load.inspect_source(model, trust_remote_code=trust_remote_code)
     require_weights(source)
     tokenizer = load.load_tokenizer(source)
     held_out = corpus.read_corpus(Path(text), "evaluation") if text else corpus.bundled_corpus("evaluation")
     length = min(window, source.context_length or window)
     cut = corpus.token_windows(held_out, tokenizer, length=length, n_windows=windows, fewest=1)
-    batch = evaluation_batch(length, load.original_config(source.config).get_text_config(decoder=True).vocab_size)
+    batch = evaluation_batch(length, source.original.get_text_config(decoder=True).vocab_size)
     limit = None if memory_limit is None else bytes_of(memory_limit)
     with tempfile.TemporaryDirectory() as place:
 
@@ -245,7 +256,7 @@ def evaluate(
         report = judge.evaluate_loss(ours, cut, batch_size=batch)
         found = {"model": source.name, "text": held_out.name, **report.to_dict(), "protocol": str(report.protocol)}
         if reference is not None:
-            theirs = judged(load.inspect_source(reference), "reference")
+            theirs = judged(load.inspect_source(reference, trust_remote_code=trust_remote_code), "reference")
             found["kl"] = judge.kl_to(ours, theirs, cut, batch_size=batch).to_dict()
     return found
 

@@ -73,6 +73,9 @@ MemoryLimit = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same artifact, byte for byte.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let Python code that came with the model run. Read it first.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
@@ -89,6 +92,7 @@ def compress(
     trials: Annotated[int | None, typer.Option(min=1, help="Trials of the Bayesian optimization.")] = None,
     memory_limit: MemoryLimit = None,
     seed: Seed = 0,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Make the best model of a given size: prune, choose bits, quantize, recover, judge.
@@ -101,7 +105,8 @@ def compress(
     with bars() as on_progress:
         result = api.compress(
             model, budget, output, recipe=recipe, calibration=calibration, search_text=search_text,
-            evaluation=evaluation, trials=trials, memory_limit=memory_limit, seed=seed, on_progress=on_progress,
+            evaluation=evaluation, trials=trials, memory_limit=memory_limit, seed=seed,
+            trust_remote_code=trust_remote_code, on_progress=on_progress,
         )  # fmt: skip
     _show_result(result, as_json)
 
@@ -124,12 +129,13 @@ def inspect(
     model: Annotated[str, typer.Argument(help=MODEL_HELP + " A config.json alone will do.")],
     recipe: Annotated[str | None, typer.Option(help="Predict what this recipe makes of the model.")] = None,
     budget: Annotated[str | None, typer.Option(help="The size to predict for; see `qpruner compress --help`.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Show a model's groups and sizes and what can be pruned, without loading its weights."""
     from qpruner import api
 
-    found = api.inspect(model, recipe=recipe, budget=budget)
+    found = api.inspect(model, recipe=recipe, budget=budget, trust_remote_code=trust_remote_code)
     if as_json:
         _print_json(found)
     else:
@@ -147,6 +153,7 @@ def evaluate(
     windows: Annotated[int | None, typer.Option(min=2, help="At most this many windows, from the start.")] = None,
     reference: Annotated[str | None, typer.Option(help="Also the KL divergence to this model.")] = None,
     memory_limit: MemoryLimit = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model's loss on a text, with its standard error and the protocol it was measured by."""
@@ -156,7 +163,7 @@ def evaluate(
     with bars() as on_progress:
         found = api.evaluate(
             model, text=text, window=window, windows=windows, reference=reference, memory_limit=memory_limit,
-            on_progress=on_progress,
+            trust_remote_code=trust_remote_code, on_progress=on_progress,
         )  # fmt: skip
     if as_json:
         _print_json(found)
@@ -178,6 +185,7 @@ def study(
     calibration: Calibration = None,
     search_text: SearchText = None,
     evaluation: Evaluation = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Run several recipes on the same model and data; print their table with standard errors and paired differences."""
@@ -187,7 +195,8 @@ def study(
     with bars() as on_progress:
         found = api.study(
             model, recipes, output, budgets=budget or ["50%"], seeds=seeds, baseline=baseline, calibration=calibration,
-            search_text=search_text, evaluation=evaluation, on_progress=on_progress,
+            search_text=search_text, evaluation=evaluation, trust_remote_code=trust_remote_code,
+            on_progress=on_progress,
         )  # fmt: skip
     if as_json:
         _print_json(found)

@@ -133,8 +133,9 @@ class Compression:
         return open_stream(self.shape.source, dtype=self._precision, **self._where())
 
     def _pruned(self, kept: dict, dtype: torch.dtype = torch.float32) -> Stream:
-        model = build_skeleton(self.shape.source.config)
-        whole = Named(model, Stored.of(self.shape.source.folder))
+        source = self.shape.source
+        model = build_skeleton(source.config, trust_remote_code=source.trust_remote_code)
+        whole = Named(model, Stored.of(source.folder))
         narrow_(model, self.graph, kept)
         return Stream(model, Cut(whole, self.graph, kept), dtype=dtype, **self._where())
 
@@ -357,7 +358,9 @@ class Compression:
         with self._scratch("artifact", inputs) as ours, self._scratch("reference", inputs) as theirs:
 
             def compute() -> dict:
-                artifact = open_stream(load.inspect_source(str(folder)), dtype=self._precision, **self._where())
+                trusted = self.shape.source.trust_remote_code
+                written = load.inspect_source(str(folder), trust_remote_code=trusted)
+                artifact = open_stream(written, dtype=self._precision, **self._where())
                 judged = self._judged(artifact, ours, "artifact")
                 report = judge.evaluate_loss(judged, windows, batch_size=self._batch)
                 original = self._judged(self._original(), theirs, "original")
@@ -373,7 +376,9 @@ class Compression:
             return {}
         self._on_progress(f"speed of the {which}", 0, 1)
         measured = self.run.values(
-            f"{which}-speed", {"weights": weights}, lambda: measure_in_fresh_process(folder).to_dict()
+            f"{which}-speed",
+            {"weights": weights},
+            lambda: measure_in_fresh_process(folder, trust_remote_code=self.shape.source.trust_remote_code).to_dict(),
         )
         self._on_progress(f"speed of the {which}", 1, 1)
         return {"speed": measured}

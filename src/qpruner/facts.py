@@ -6,7 +6,8 @@ from importlib.metadata import version
 import psutil
 
 from qpruner import __version__
-from qpruner.compress import Decided, Measured
+from qpruner.artifact.stock import how_to_load
+from qpruner.compress import Decided, Measured, partial
 from qpruner.decide import search as bayesian
 from qpruner.decide.widths import kept_fractions
 from qpruner.model import cost, memory
@@ -29,6 +30,7 @@ def facts_of(
         layer_by_layer=not prepared.forecast.resident,
     )
     stored = prepared.shape.stored(prepared.shape.plan(prepared.recipe, plan.kept, 16))
+    loads_in, snippet = how_to_load(partial(prepared.output), str(prepared.output))
     return report.Facts(
         model_name=prepared.shape.source.name,
         recipe=prepared.recipe.name,
@@ -72,9 +74,8 @@ def facts_of(
         stages=tuple(report.Stage(name=name, seconds=s) for name, s in seconds.items()),
         warnings=warnings(prepared, decided, measured),
         notes=tuple(n for n in (prepared.texts.note, *prepared.shape.graph.notes, str(used)) if n),
-        loads_in="transformers, once qpruner is imported, as an instance of the original class.",
-        snippet="import qpruner\nfrom transformers import AutoModelForCausalLM\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({str(prepared.output)!r})",
+        loads_in=loads_in,
+        snippet=snippet,
     )
 
 

@@ -1,7 +1,6 @@
 """Everything that can be refused is refused here, before a folder is made or an hour is spent."""
 
 import importlib.util
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,7 +64,7 @@ class Shape:
 
 def shape_of(source: load.Source) -> Shape:
     require_original(source)
-    skeleton = build_skeleton(source.config)
+    skeleton = build_skeleton(source.config, trust_remote_code=source.trust_remote_code)
     return Shape(source, discover(skeleton), cost.named_tensors(skeleton), cost.TORCH_NAMES[load.stored_dtype(source)])
 
 
@@ -180,11 +179,12 @@ def prepare(
     evaluation: Path | None,
     seed: int,
     memory_limit: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Prepared:
     require(recipe)
     parsed = Budget.parse(budget)
     allowed = None if memory_limit is None else bytes_of(memory_limit)
-    source = load.inspect_source(model)
+    source = load.inspect_source(model, trust_remote_code=trust_remote_code)
     require_weights(source)
     shape = shape_of(source)
     limit = limit_of(parsed, source)
@@ -296,7 +296,7 @@ def require(recipe: Recipe) -> None:
 def check_output(prepared: Prepared) -> None:
     """Refuse a folder that holds something else, and a disk that cannot take what will be written."""
     output = prepared.output
-    if output.exists() and not is_artifact(output):
+    if output.exists() and not load.is_artifact(output):
         raise OutputError(f"{output} exists and is no artifact of qpruner. Name another folder, or remove it.")
     parent = next(p for p in output.absolute().parents if p.exists())
     free = shutil.disk_usage(parent).free
@@ -306,8 +306,3 @@ def check_output(prepared: Prepared) -> None:
         raise OutputError(
             f"{parent} has {free:,} bytes free; this run may write {needed:,}. Make room, or name another place."
         )
-
-
-def is_artifact(folder: Path) -> bool:
-    manifest = folder / "manifest.json"
-    return manifest.is_file() and "qpruner" in json.loads(manifest.read_text()).get("made_by", "")

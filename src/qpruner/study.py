@@ -34,6 +34,7 @@ def study(
     calibration: Path | None = None,
     search_text: Path | None = None,
     evaluation: Path | None = None,
+    trust_remote_code: bool = False,
     on_progress: OnProgress = silent,
 ) -> dict:
     """Compress by every recipe at every budget with seeds 0, 1, ...; compare the losses window by window.
@@ -58,8 +59,9 @@ def study(
         on_progress("study", done, len(jobs))
         slug = re.sub(r"[^A-Za-z0-9=.%-]+", "_", f"{name}-{budget}-seed{seed}")
         result = compress(
-            model, budget, output / slug, recipe=name, seed=seed, shared=output / "common", measure_speed=False, **texts
-        )
+            model, budget, output / slug, recipe=name, seed=seed, shared=output / "common", measure_speed=False,
+            trust_remote_code=trust_remote_code, **texts,
+        )  # fmt: skip
         measured = [
             json.loads((output / f"{slug}.run" / "measurements" / f"{part}.json").read_text())
             for part in ("original", "artifact")

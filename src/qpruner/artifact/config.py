@@ -4,6 +4,8 @@ A stock model type would let a transformers that cannot read the packed tensors 
 no more than a warning; a type that it does not know is refused with an error, which is the safe failure.
 """
 
+from pathlib import Path
+
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
@@ -23,10 +25,27 @@ class QPrunerConfig(PreTrainedConfig):
         self.base_config = base_config or {}
         super().__init__(**kwargs)
 
-    def original(self) -> PreTrainedConfig:
-        """The configuration of the class that the artifact is an instance of."""
+    def original(self, folder: Path | None = None, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+        """The configuration of the class that the artifact is an instance of.
+
+        Args:
+            folder: of the artifact, where the code of an original that brought its own lies; by default where this
+                was read from.
+            trust_remote_code: whether that code may run.
+        Raises:
+            ModelError: it would have to, and may not.
+        """
         fields = {k: v for k, v in self.base_config.items() if k not in ("transformers_version", "architectures")}
-        original = CONFIG_MAPPING[self.base_config["model_type"]].from_dict(fields)
+        if "auto_map" in fields:
+            from qpruner.model import remote  # it needs transformers, whose import may be under way here
+
+            folder = folder or Path(self.name_or_path)
+            folder = folder.parent if folder.is_file() else folder
+            if not trust_remote_code:
+                raise remote.refusal(folder.name, fields["model_type"])
+            original = remote.read_config(fields, folder)
+        else:
+            original = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
         original.architectures = self.base_config.get("architectures")
         return original
 

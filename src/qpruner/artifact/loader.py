@@ -31,26 +31,35 @@ class QPrunerForCausalLM:
 
     @classmethod
     def from_pretrained(
-        cls, folder, *args, config=None, dtype=None, torch_dtype=None, device_map=None, **kwargs
+        cls,
+        folder,
+        *args,
+        config=None,
+        dtype=None,
+        torch_dtype=None,
+        device_map=None,
+        trust_remote_code=False,
+        **kwargs,
     ) -> nn.Module:
         """The compressed model, in eval mode.
 
         Args:
             dtype: of activations and of what is not packed; by default as stored.
             device_map: a device, or `auto` for a GPU when there is one. A model is not split over devices.
+            trust_remote_code: whether the code of an original that brought its own may run.
         """
         folder = _local(folder, kwargs)
         config = config or QPrunerConfig.from_pretrained(folder)
         dtype = dtype if dtype is not None else torch_dtype
         dtype = config.dtype if dtype in (None, "auto") else getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        model = assemble(folder, config, dtype=dtype)
+        model = assemble(folder, config, dtype=dtype, trust_remote_code=bool(trust_remote_code))
         if implementation := kwargs.get("attn_implementation"):
             model.set_attn_implementation(implementation)
         return model.to(_device(device_map))
 
 
-def assemble(folder: Path, config: QPrunerConfig, *, dtype: torch.dtype) -> nn.Module:
-    model = shell(folder, config)
+def assemble(folder: Path, config: QPrunerConfig, *, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+    model = shell(folder, config, trust_remote_code=trust_remote_code)
     _fill_(model, load_file(folder / WEIGHTS), dtype, folder)
     if (folder / ADAPTER).is_dir():
         adapters.load_adapters_(model, folder / ADAPTER)
@@ -60,10 +69,11 @@ def assemble(folder: Path, config: QPrunerConfig, *, dtype: torch.dtype) -> nn.M
     return model.eval()
 
 
-def shell(folder: Path, config: QPrunerConfig) -> nn.Module:
+def shell(folder: Path, config: QPrunerConfig, *, trust_remote_code: bool = False) -> nn.Module:
     """The model that the folder's plan makes of the original, without weights and adapters."""
     plan = Plan.read(folder / PLAN)
-    model = build_skeleton(config.original())
+    original = config.original(folder, trust_remote_code=trust_remote_code)
+    model = build_skeleton(original, trust_remote_code=trust_remote_code)
     graph = discover(model)
     check_plan(plan, graph)
     narrow_(model, graph, plan.kept)

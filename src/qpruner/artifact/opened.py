@@ -16,9 +16,9 @@ def open_stream(source: Source, **how) -> Stream:
         how: dtype, device and residence of the stream.
     """
     if source.config.model_type != MODEL_TYPE:
-        model = build_skeleton(source.config)
+        model = build_skeleton(source.config, trust_remote_code=source.trust_remote_code)
         return Stream(model, Named(model, Stored.of(source.folder)), **how)
-    model = shell(source.folder, source.config)
+    model = shell(source.folder, source.config, trust_remote_code=source.trust_remote_code)
     files, adapter = [source.folder / WEIGHTS], source.folder / ADAPTER
     if adapter.is_dir():
         ranks, alpha, dropout, _ = adapters.read_adapters(adapter)

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
-from qpruner.artifact.config import QPrunerConfig
 from qpruner.artifact.loader import ADAPTER, PLAN, WEIGHTS
+from qpruner.artifact.stock import configuration
 from qpruner.model import adapters
 from qpruner.model.checkpoint import TORCH_DTYPES
 from qpruner.model.cost import TensorSpec
@@ -23,8 +22,6 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
-
-WIDTHS = {"kv_group": ("num_attention_heads", "num_key_value_heads"), "channel": ("intermediate_size",)}
 
 
 def save_artifact(
@@ -73,20 +70,14 @@ def write_artifact(
             plan.adapter_ranks, alpha=plan.recovery.adapter_alpha, dropout=plan.recovery.adapter_dropout
         )
         adapters.write_adapters(folder / ADAPTER, adapter_state(), config)
-    whole = dimensions(source.config)
-    layers = per_layer_widths(whole, graph, plan)
-    base = {k: v for k, v in source.config.to_dict().items() if k != "_name_or_path"}
-    QPrunerConfig(
-        base_config=base | {"dtype": str(dtype).removeprefix("torch.")},
-        **whole,
-        **({"per_layer_config": layers} if layers else {}),
-        architectures=[architecture],
-        dtype=dtype,
-    ).save_pretrained(folder)
+    config = configuration(source, graph, plan, expected=expected, architecture=architecture, dtype=dtype)
+    config.save_pretrained(folder)
     (folder / PLAN).write_text(plan.to_json())
     for name in TOKENIZER_FILES:
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)
+    for path in source.code:
+        shutil.copyfile(path, folder / path.name)
 
 
 def tensors_of(model: nn.Module, expected: Mapping[str, TensorSpec]) -> Iterator[tuple[str, Tensor]]:
@@ -94,24 +85,6 @@ def tensors_of(model: nn.Module, expected: Mapping[str, TensorSpec]) -> Iterator
     for name, tensor in adapters.base_state(model).items():
         if name in expected:
             yield name, tensor.detach().to("cpu", TORCH_DTYPES[expected[name][0]])
-
-
-def dimensions(original: PreTrainedConfig) -> dict[str, int]:
-    """The dimensions that the original configuration states, in transformers' common words for them."""
-    text = original.get_text_config(decoder=True)
-    names = ("num_hidden_layers", "hidden_size", "vocab_size", *(n for kind in WIDTHS.values() for n in kind))
-    return {n: getattr(text, n) for n in names if isinstance(getattr(text, n, None), int)}
-
-
-def per_layer_widths(whole: dict[str, int], graph: Graph, plan: Plan) -> dict[str, dict[str, int]]:
-    """What differs from the original's dimensions in each layer."""
-    widths: dict[str, dict[str, int]] = {}
-    for name, group in graph.groups.items():
-        kept = len(plan.kept[name])
-        for attribute in WIDTHS[group.kind]:
-            if attribute in whole and kept < group.n_units:
-                widths.setdefault(str(group.layer), {})[attribute] = whole[attribute] * kept // group.n_units
-    return widths
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:

@@ -1,6 +1,6 @@
 """Memory and speed of a saved model, measured in a process of its own.
 
-    python -m qpruner.judge.speed FOLDER [--threads N] [--dtype float32]
+    python -m qpruner.judge.speed FOLDER [--threads N] [--dtype float32] [--trust-remote-code]
 
 prints one line of JSON. A fresh process, because memory that was freed elsewhere would hide what the model takes, and
 because the highest memory use of a process never goes down again.
@@ -55,10 +55,13 @@ class SpeedReport:
         return asdict(self)
 
 
-def measure_in_fresh_process(folder: str | Path, *, threads: int | None = None, dtype: str = "float32") -> SpeedReport:
+def measure_in_fresh_process(
+    folder: str | Path, *, threads: int | None = None, dtype: str = "float32", trust_remote_code: bool = False
+) -> SpeedReport:
     """Start Python anew, load the folder there and measure; a few seconds for a small model."""
     command = [sys.executable, "-m", "qpruner.judge.speed", str(folder), "--dtype", dtype]
     command += ["--threads", str(threads)] if threads else []
+    command += ["--trust-remote-code"] if trust_remote_code else []
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last = "\n".join(done.stderr.strip().splitlines()[-5:])
@@ -66,12 +69,13 @@ def measure_in_fresh_process(folder: str | Path, *, threads: int | None = None, 
     return SpeedReport(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def measure(folder: Path, dtype: torch.dtype) -> SpeedReport:
+def measure(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> SpeedReport:
     """Load and time in this process; `measure_in_fresh_process` is what to call from outside."""
-    options = dict(local_files_only=True, trust_remote_code=False)
+    options = dict(local_files_only=True, trust_remote_code=trust_remote_code)
     config = transformers.AutoConfig.from_pretrained(folder, **options)
     with torch.device("meta"):  # imports the modelling code, whose memory is then not counted as the model's
-        transformers.AutoModelForCausalLM.from_config(original_config(config))
+        original = original_config(config, folder, trust_remote_code=trust_remote_code)
+        transformers.AutoModelForCausalLM.from_config(original, trust_remote_code=trust_remote_code)
     before, start = resident_bytes(), time.perf_counter()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
     load_seconds = time.perf_counter() - start
@@ -152,6 +156,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--threads", type=int, help="threads of torch; its own choice if not given")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--trust-remote-code", action="store_true", help="let code that came with the model run")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -160,7 +165,7 @@ def main() -> None:
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        report = measure(args.folder, getattr(torch, args.dtype))
+        report = measure(args.folder, getattr(torch, args.dtype), trust_remote_code=args.trust_remote_code)
     print(json.dumps(report.to_dict()))
 
 

@@ -14,16 +14,17 @@ from qpruner.errors import ModelError
 from qpruner.model.graph import LinearSite
 
 
-def build_skeleton(config: PreTrainedConfig) -> nn.Module:
+def build_skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> nn.Module:
     """The causal language model of a configuration, parameters on the meta device, buffers (rotary tables) real.
 
-    The configuration is copied; what is built holds the copy.
+    The configuration is copied; what is built holds the copy. `trust_remote_code`: whether a class that the model
+    brought may run.
     """
     from transformers import AutoModelForCausalLM  # its import registers our loader, which imports this module
 
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise ModelError(f"{config.model_type!r} cannot be built as a causal language model: {error}") from error
     return model.eval()

@@ -5,7 +5,7 @@ arguments that carry a value per head.
 """
 
 from collections.abc import Mapping, Sequence
-from inspect import signature
+from inspect import signature, unwrap
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from qpruner.model.skeleton import linear_dims
 
 # Attributes of a module that calls a cut linear, and fields of its configuration, that its forward reads as counts.
 # They shrink as the number of units does. Not here, because they do not change: head_dim, num_key_value_groups (whole
-# kv groups go), and what only __init__ reads (embed_dim, hidden_size).
+# kv groups go), and what only __init__ reads (mostly embed_dim, hidden_size: see HEADS_WIDTHS).
 COUNTS = {
     "kv_group": (
         "num_heads",
@@ -30,6 +30,8 @@ COUNTS = {
     ),
     "channel": ("intermediate_size", "ffn_dim", "n_inner"),
 }
+# Attributes of an attention that are the width of all its heads together, if its forward reads them and they equal it.
+HEADS_WIDTHS = ("hidden_size", "embed_dim", "inner_dim")
 QUERY_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 
 # Arguments in which a model hands its attention one value per head, made for all its heads: (batch * heads, ...) or
@@ -128,7 +130,7 @@ def _cut_(model: nn.Module, graph: Graph, cuts: Mapping[str, Sequence[tuple[int,
 def _recount_(module: nn.Module, group: Group, n_kept: int) -> None:
     """Lets counts follow, on a module and in the view that it gets of its configuration."""
     names = COUNTS[group.kind]
-    for name, value in _counting(vars(module), group).items():
+    for name, value in (_counting(vars(module), group) | _heads_widths(module, group)).items():
         if value % group.n_units:
             raise ModelError(f"{group.name!r} has {group.n_units} units, which do not divide its {name} of {value}.")
         setattr(module, name, value // group.n_units * n_kept)
@@ -146,6 +148,16 @@ def _counting(values: Mapping, group: Group) -> dict[str, int]:
     return counts
 
 
+def _heads_widths(module: nn.Module, group: Group) -> dict[str, int]:
+    if group.kind not in ("kv_group", "query_head"):
+        return {}
+    (columns,) = group.consumers.values()
+    read = unwrap(type(module).forward).__code__.co_names
+    return {
+        name: columns.numel() for name in HEADS_WIDTHS if name in read and vars(module).get(name) == columns.numel()
+    }
+
+
 class LayerConfig:
     """The configuration as one narrowed module sees it: counts of its own, the rest the model's, as it changes."""
 
@@ -160,12 +172,20 @@ class LayerConfig:
 
 def _keep_head_values_(module: nn.Module, group: Group, kept: Sequence[int]) -> None:
     """Where an attention is handed values per head, the kept heads keep their own, such as their ALiBi slopes."""
-    if group.kind != "kv_group" or not signature(module.forward).parameters.keys() & set(PER_HEAD_ARGUMENTS):
+    arguments = signature(module.forward).parameters.keys()
+    n_heads = _n_heads(module)
+    if group.kind != "kv_group" or not n_heads or not arguments & {*PER_HEAD_ARGUMENTS, *PERHAPS_PER_HEAD_ARGUMENTS}:
         return
-    n_heads = next(vars(module)[name] for name in QUERY_HEAD_COUNTS if name in vars(module))
     (columns,) = group.consumers.values()
     heads = (columns[list(kept)] * n_heads // columns.numel()).unique()
     module.register_forward_pre_hook(KeptHeads(n_heads, heads), with_kwargs=True)
+
+
+def _n_heads(module: nn.Module) -> int | None:
+    """Query heads of an attention, which knows them itself or reads them from its configuration."""
+    config = vars(module).get("config")
+    found = (vars(module).get(name, getattr(config, name, None)) for name in QUERY_HEAD_COUNTS)
+    return next((n for n in found if isinstance(n, int)), None)
 
 
 class KeptHeads:
@@ -175,8 +195,11 @@ class KeptHeads:
         self.n_heads, self.heads = n_heads, heads
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        names = [n for n in (*PER_HEAD_ARGUMENTS, *PERHAPS_PER_HEAD_ARGUMENTS) if isinstance(kwargs.get(n), Tensor)]
-        return args, kwargs | {name: self.keep(kwargs[name]) for name in names}
+        given = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+        surely = given.keys() & set(PER_HEAD_ARGUMENTS)
+        perhaps = given.keys() & set(PERHAPS_PER_HEAD_ARGUMENTS)
+        names = surely | {n for n in perhaps if given[n].dim() > 2 and given[n].shape[-3] == self.n_heads}
+        return args, kwargs | {name: self.keep(given[name]) for name in names}
 
     def keep(self, values: Tensor) -> Tensor:
         heads = self.heads.to(values.device)

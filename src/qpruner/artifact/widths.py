@@ -1,0 +1,89 @@
+"""How many heads, channels and experts a plan leaves, in the words that configurations have for them."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from transformers import PreTrainedConfig
+
+from qpruner.model.graph import Graph, Group
+from qpruner.plan import Plan
+
+# Fields of a configuration that count units, by kind of group. One counts the units of a group if its value is their
+# number, for heads a multiple of it. Whether the words were understood is proven on the model that they describe.
+HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads")
+FIELDS = {
+    "kv_group": (*HEADS, "num_key_value_heads", "num_kv_heads"),
+    "query_head": HEADS,
+    "channel": (
+        "intermediate_size",
+        "ffn_dim",
+        "n_inner",
+        "d_ff",
+        "ffn_hidden_size",
+        "moe_intermediate_size",
+        "shared_intermediate_size",
+        "shared_expert_intermediate_size",
+        "moe_shared_expert_intermediate_size",
+    ),
+    "expert": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "residual": ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"),
+}
+OF_SEVERAL = ("kv_group", "query_head")  # their fields may count a multiple of the units
+GLOBAL = ("num_hidden_layers", "vocab_size", "hidden_size")
+
+
+def counts_after(text: PreTrainedConfig, groups: Iterable[Group], kept: Mapping[str, Sequence[int]]) -> dict | None:
+    """Field -> new value for what the groups change of it; None where they do not agree on one.
+
+    Where heads go, `head_dim` is among them if the configuration does not state it: it would be derived from them.
+    """
+    sizes = defaultdict(set)
+    for group in groups:
+        sizes[group.kind, group.n_units // group.n_blocks].add(len(kept[group.name]) // group.n_blocks)
+    if any(len(left) > 1 for left in sizes.values()):
+        return None
+    found: dict[str, int] = {}
+    for (kind, n), (left,) in sizes.items():
+        if left < n:
+            for name, value in _counting(text, kind, n).items():
+                found[name] = found.get(name, value) * left // n
+    if found.keys() & set(HEADS) and (head_dim := _head_dim(text)):
+        found["head_dim"] = head_dim
+    return found
+
+
+def _counting(text: PreTrainedConfig, kind: str, n: int) -> dict[str, int]:
+    """The fields that count units of which there are n, with what they count; one that is derived if left out too."""
+    values = {name: getattr(text, name) for name in FIELDS[kind] if hasattr(text, name)}
+    stated = {name: v for name, v in values.items() if isinstance(v, int)}
+    if kind in OF_SEVERAL:
+        return {name: v for name, v in stated.items() if v % n == 0}
+    return {name: v for name, v in stated.items() if v == n} or {name: n for name, v in values.items() if v is None}
+
+
+def _head_dim(text: PreTrainedConfig) -> int | None:
+    """Width of a head where the configuration leaves it to be derived."""
+    if isinstance(getattr(text, "head_dim", None), int):
+        return None
+    heads = next((v for name in HEADS if isinstance(v := getattr(text, name, None), int)), None)
+    width = getattr(text, "hidden_size", None)
+    return width // heads if heads and isinstance(width, int) else None
+
+
+def dimensions(text: PreTrainedConfig, graph: Graph, plan: Plan) -> dict:
+    """What the original states of its sizes, and under `per_layer_config` what differs from them in each layer."""
+    names = dict.fromkeys((*GLOBAL, *(name for fields in FIELDS.values() for name in fields), "head_dim"))
+    found = {name: v for name in names if isinstance(v := getattr(text, name, None), int)}
+    layers = {}
+    for layer in sorted({group.layer for group in graph.groups.values()}):
+        groups = [group for group in graph.groups.values() if group.layer == layer]
+        for group in groups:
+            found = _counting(text, group.kind, group.n_units // group.n_blocks) | found
+        changed = counts_after(text, groups, plan.kept) or {}
+        if head_dim := changed.pop("head_dim", None):  # the same in every layer
+            found["head_dim"] = head_dim
+        if layer < 0:
+            found |= changed
+        elif changed:
+            layers[str(layer)] = changed
+    return found | ({"per_layer_config": layers} if layers else {})
