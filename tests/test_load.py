@@ -166,6 +166,9 @@ def test_a_hub_name_is_fetched_in_two_steps_small_files_first(folder, monkeypatc
     edit_config(folder, quantization_config={"quant_method": "gptq"})
     refused("owner/name", "already quantized")
     assert len(asked) == 3, "weights are fetched only for what can be served"
+    with pytest.raises(ModelError):
+        inspect_source("owner/name", trust_remote_code=True)
+    assert ["*.py" in patterns for _, patterns in asked] == [False] * 3 + [True], "code is fetched only when trusted"
 
 
 def test_a_folder_or_file_that_is_no_model(folder, tmp_path):

@@ -18,7 +18,7 @@ from qpruner.artifact.stock import how_to_load
 from qpruner.cli import app
 from qpruner.errors import ModelError
 from qpruner.judge import speed
-from qpruner.model import load
+from qpruner.model import load, memory
 from qpruner.model.discover import discover
 
 IDS = torch.arange(3, 23)[None]
@@ -26,6 +26,11 @@ SIZES = dict(
     vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=8, head_dim=8
 )
 QUICK = "steps=2,batch_size=2,window=32,calibration_windows=4,search_windows=2,evaluation_windows=2,width_grid=16"
+
+EVERYWHERE = (
+    f"llm-pruner[{QUICK},layers=null,protect_first=0,protect_last=0,kept=0.5,shrink_to_fit=false,selection=grid,"
+    "adapters=merged]"
+)
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +117,7 @@ def stock(folders, short_text, tmp_path_factory):
     """Every layer of a rotary model as wide as the others, at 16 bits: of the model's own type."""
     return api.compress(
         str(folders["rotary"]), "90%", tmp_path_factory.mktemp("stock") / "out", trust_remote_code=True,
-        recipe=f"llm-pruner[{QUICK},layers=null,protect_first=0,protect_last=0,kept=0.5,shrink_to_fit=false,"
-        "selection=grid,adapters=merged]",
+        recipe=EVERYWHERE,
         measure_speed=False, calibration=short_text,
     )  # fmt: skip
 
@@ -162,7 +166,11 @@ def test_fewer_heads_with_the_slopes_of_all_are_not_the_model_of_fewer_heads(fol
 
 def test_evaluate_and_speed_take_the_flag(artifact, folders, short_text, monkeypatch):
     options = dict(text=short_text, window=32, windows=2, trust_remote_code=True)
-    assert 0 < api.evaluate(str(artifact.artifact), reference=str(folders["alibi"]), **options)["kl"]["kl"] < 20
+    judged = api.evaluate(str(artifact.artifact), reference=str(folders["alibi"]), **options)
+    monkeypatch.setattr(memory, "fits", lambda *_: False)  # layer by layer
+    streamed = api.evaluate(str(artifact.artifact), reference=str(folders["alibi"]), **options)
+    assert streamed["loss"] == pytest.approx(judged["loss"], abs=1e-6)
+    assert streamed["kl"]["kl"] == pytest.approx(judged["kl"]["kl"], abs=1e-6) and judged["kl"]["kl"] > 0
     monkeypatch.setattr(speed, "SECONDS", 0)
     for folder in (artifact.artifact, folders["alibi"]):
         assert speed.measure(folder, torch.float32, trust_remote_code=True).tensor_bytes > 0
@@ -181,6 +189,30 @@ def test_another_code_is_another_model(folders, tmp_path):
     path = changed / "positions_wpack.py"
     path.write_text(path.read_text() + "\n# another version\n")
     assert load.inspect_source(changed, trust_remote_code=True).digest != same.digest
+
+
+def test_a_run_does_not_continue_with_another_code(folders, short_text, tmp_path):
+    model, out, seen = shutil.copytree(folders["rotary"], tmp_path / "model"), tmp_path / "out", []
+    options = dict(recipe=EVERYWHERE, measure_speed=False, calibration=short_text)
+
+    def run() -> set[str]:
+        stages = []
+        api.compress(
+            str(model),
+            "95%",
+            out,
+            trust_remote_code=True,
+            on_progress=lambda stage, *_: stages.append(stage),
+            **options,
+        )
+        shutil.rmtree(out)
+        return set(stages)
+
+    seen = [run(), run()]
+    path = model / "positions_wpack.py"
+    path.write_text(path.read_text().replace("10000.0", "20000.0"))
+    seen.append(run())
+    assert ["importance" in stages for stages in seen] == [True, False, True]
 
 
 def test_the_flag_changes_nothing_for_a_model_without_code():

@@ -31,16 +31,12 @@ BOTH, HEADS, CHANNELS = ("kv_group", "channel"), ("kv_group",), ("channel",)
 # What can be cut and still be said: heads where the class takes their width from the configuration.
 STOCK = {
     "llama": (EIGHT, BOTH),
-    "mistral": (EIGHT, BOTH),
     "qwen3": (EIGHT | dict(head_dim=8), BOTH),
     "qwen3_moe": (EIGHT | dict(head_dim=8, moe_intermediate_size=16), HEADS),
     "gemma2": (EIGHT | dict(head_dim=8), BOTH),
     "gemma3_text": (EIGHT | dict(head_dim=8), BOTH),
     "phi": (EIGHT, BOTH),
     "phi3": (EIGHT, BOTH),
-    "cohere": (EIGHT, BOTH),
-    "granite": (EIGHT, BOTH),
-    "starcoder2": (EIGHT, BOTH),
     "mixtral": (EIGHT, HEADS),
     "gpt_neox": ({}, CHANNELS),
     "opt": ({}, CHANNELS),

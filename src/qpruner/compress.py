@@ -165,7 +165,13 @@ class Compression:
     # --- what the stages depend on -----------------------------------------------------------------------------------
 
     def _inputs(self, **facts) -> dict:
-        return {"qpruner": __version__, "model": self.prepared.weights_digest, "seed": self.prepared.seed, **facts}
+        return {
+            "qpruner": __version__,
+            "model": self.prepared.weights_digest,
+            "architecture": self.shape.source.digest,
+            "seed": self.prepared.seed,
+            **facts,
+        }
 
     def _progress(self, stage: str) -> Callable[..., None]:
         return lambda done, total, detail="", *rest: self._on_progress(stage, done, total, _shown(detail))
