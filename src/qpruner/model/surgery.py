@@ -32,6 +32,7 @@ COUNTS = {
 }
 # Attributes of an attention that are the width of all its heads together, if its forward reads them and they equal it.
 HEADS_WIDTHS = ("hidden_size", "embed_dim", "inner_dim")
+HEAD_KINDS = ("kv_group", "query_head")
 QUERY_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 
 # Arguments in which a model hands its attention one value per head, made for all its heads: (batch * heads, ...) or
@@ -53,13 +54,17 @@ def narrow_(model: nn.Module, graph: Graph, kept: Mapping[str, Sequence[int]]) -
     """
     check_kept(graph, kept)
     modules = dict(model.named_modules())
-    for name in remaining(graph, kept):
+    cuts = remaining(graph, kept)
+    for name in cuts:
         _check_whole(modules.get(name), graph.linears[name])
     for group in graph.groups.values():
         if len(kept[group.name]) < group.n_units:
             for path in dict.fromkeys(name.rpartition(".")[0] for name in (*group.producers, *group.consumers)):
                 _keep_head_values_(modules[path], group, kept[group.name])
                 _recount_(modules[path], group, len(kept[group.name]))
+        for name in group.consumers.keys() & cuts.keys() if group.kind in HEAD_KINDS else ():
+            _, columns = cuts[name]
+            _heads_width_(modules[name.rpartition(".")[0]], graph.linears[name].d_in, len(columns))
     _cut_(model, graph, cuts_of(graph, kept))
 
 
@@ -130,7 +135,7 @@ def _cut_(model: nn.Module, graph: Graph, cuts: Mapping[str, Sequence[tuple[int,
 def _recount_(module: nn.Module, group: Group, n_kept: int) -> None:
     """Lets counts follow, on a module and in the view that it gets of its configuration."""
     names = COUNTS[group.kind]
-    for name, value in (_counting(vars(module), group) | _heads_widths(module, group)).items():
+    for name, value in _counting(vars(module), group).items():
         if value % group.n_units:
             raise ModelError(f"{group.name!r} has {group.n_units} units, which do not divide its {name} of {value}.")
         setattr(module, name, value // group.n_units * n_kept)
@@ -148,14 +153,12 @@ def _counting(values: Mapping, group: Group) -> dict[str, int]:
     return counts
 
 
-def _heads_widths(module: nn.Module, group: Group) -> dict[str, int]:
-    if group.kind not in ("kv_group", "query_head"):
-        return {}
-    (columns,) = group.consumers.values()
+def _heads_width_(module: nn.Module, whole: int, left: int) -> None:
+    """Lets the width of all heads together follow, from so many columns to so many, where the forward reads it."""
     read = unwrap(type(module).forward).__code__.co_names
-    return {
-        name: columns.numel() for name in HEADS_WIDTHS if name in read and vars(module).get(name) == columns.numel()
-    }
+    for name in HEADS_WIDTHS:
+        if name in read and vars(module).get(name) == whole:
+            setattr(module, name, left)
 
 
 class LayerConfig:
