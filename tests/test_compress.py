@@ -265,7 +265,7 @@ def test_layer_by_layer_ends_in_the_same_bytes(model, tmp_path, one_layer_at_a_t
     assert weights(made.artifact) == weights(whole.artifact)
 
 
-@pytest.mark.parametrize("stage", ["judging the original", "importance", "mutual information", "quantizing"])
+@pytest.mark.parametrize("stage", ["judging the original", "importance", "mutual information", "writing"])
 def test_a_killed_pass_goes_on_at_the_layer_where_it_stopped(model, tmp_path, one_layer_at_a_time, stage):
     recipe = STREAMABLE[0].format(QUICK)
 

@@ -9,6 +9,7 @@ from tiny import TINY, tiny
 from tiny_stream import Held, streamed
 from transformers import AutoModelForCausalLM
 
+from qpruner.decide.scores import SCORERS
 from qpruner.errors import ModelError
 from qpruner.model.discover import discover
 from qpruner.model.scratch import Scratch
@@ -16,6 +17,7 @@ from qpruner.model.skeleton import build_skeleton
 from qpruner.model.stream import Stream
 from qpruner.model.surgery import narrow_
 from qpruner.model.tensors import Cut, Named, Stored
+from qpruner.model.whole import Whole
 
 IDS = torch.randint(2, 61, (5, 12), generator=torch.Generator().manual_seed(0))
 MOE = dict(num_local_experts=4, num_experts_per_tok=2)
@@ -190,3 +192,27 @@ def test_files_are_read_without_mapping_them(tmp_path):
     assert torch.equal(stored.read(name), other)
     assert stored.bytes_read == 3 * other.nbytes
     assert str(Path(tmp_path)) not in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("family, over", [("llama", {}), ("gpt_oss", MOE | dict(head_dim=8)), ("gpt2", {})])
+def test_the_whole_model_at_once_measures_the_same(family, over):
+    model = eager(tiny(family, **over))
+    stream, whole = (
+        streamed(model, resident=True),
+        Whole(build_skeleton(model.config), Held(model), dtype=torch.float64),
+    )
+    graph = discover(model)
+    for streamable in (stream, whole):
+        eager(streamable.model)
+    logits = [torch.cat(list(s.logits(IDS, scratch_after_forward(s), batch_size=2))) for s in (stream, whole)]
+    assert torch.equal(*logits)
+    for score in ("vector", "element-mixed"):
+        one, other = (SCORERS[score](s, graph, IDS, torch.Generator(), Scratch(), None) for s in (stream, whole))
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-6, atol=1e-12)
+
+
+def scratch_after_forward(streamable) -> Scratch:
+    scratch = Scratch()
+    streamable.forward(IDS, scratch, batch_size=2)
+    return scratch

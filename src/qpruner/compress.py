@@ -118,9 +118,9 @@ class Compression:
     def _layer_by_layer(self, scores, kept: dict, information: list[dict]) -> tuple[Decided, "Done"]:
         decided = self._choose_bits(scores, kept, information, None)
         pruned, plan = self._pruned(kept), decided.plan
-        with self._scratch("quantizing", self._inputs(plan=plan.model_dump(mode="json"))) as scratch:
+        with self._scratch("writing", self._inputs(plan=plan.model_dump(mode="json"))) as scratch:
             doing = LayerByLayer(pruned, self.graph, plan, self.shape.stored(plan), scratch)
-            tensors = doing.tensors(self._stored_dtype, self._progress("quantizing"))
+            tensors = doing.tensors(self._stored_dtype, self._progress("writing"))
             save.write_artifact(
                 self._cleared(), tensors, lambda: doing.adapter_state, self.graph, plan,
                 architecture=type(pruned.model).__name__, **self._saved_as(plan),
