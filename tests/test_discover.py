@@ -197,19 +197,66 @@ def test_attention_that_a_norm_or_a_single_key_head_ties_together_is_one_unit(fa
     assert "one indivisible unit and never pruned (in decoder layers 0-" in graph.notes[0]
 
 
-def test_values_per_head_that_cannot_be_cut_keep_the_heads_together():
-    experts = dict(num_local_experts=2, num_experts_per_tok=1, head_dim=8)
-    graph = discover(tiny("gpt_oss", dtype=torch.float32, **experts))
-    assert of_layer(graph, 1)["kv_group"].n_units == 1
-    assert "'self_attn': its units have values of their own in 'self_attn.sinks', which cannot be cut" in graph.notes[0]
-    assert "'mlp.experts.gate_up_proj'" in graph.notes[1] and "neither pruned nor quantized" in graph.notes[1]
+def test_values_per_head_belong_to_the_heads_they_are_read_by():
+    attention = of_layer(discover(tiny("gpt_oss", num_local_experts=2, num_experts_per_tok=1, head_dim=8)), 1)[
+        "kv_group"
+    ]
+    ((name, (dim, sinks)),) = attention.tensors.items()
+    assert (name, dim, sinks.tolist()) == ("model.layers.1.self_attn.sinks", 0, [[0, 1], [2, 3]])
 
 
-def test_experts_too_large_to_be_filled_still_run_and_are_named():
-    experts = dict(num_local_experts=2, num_experts_per_tok=1, hidden_size=1024, intermediate_size=1200)
+def test_units_within_experts_come_expert_by_expert():
+    graph = discover(tiny("mixtral", num_local_experts=3, num_experts_per_tok=1))
+    channels = of_layer(graph, 1)["channel"]
+    up, down = (f"model.layers.1.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj"))
+    assert channels.n_units == 120 and channels.n_blocks == 3
+    assert channels.producers[up].tolist() == [[e * 80 + c, e * 80 + 40 + c] for e in range(3) for c in range(40)]
+    assert channels.consumers[down].tolist() == [[u] for u in range(120)]
+    stack = graph.stacks[up]
+    assert (stack.n_experts, stack.d_out, stack.d_in, stack.transposed, stack.bias) == (3, 80, 24, False, None)
+
+
+def test_stacks_that_are_stored_the_other_way_round_are_recognized_with_their_biases():
+    graph = discover(tiny("gpt_oss", num_local_experts=2, num_experts_per_tok=1, intermediate_size=40))
+    up, down = (graph.stacks[f"model.layers.0.mlp.experts.{name}"] for name in ("gate_up_proj", "down_proj"))
+    assert (up.d_out, up.d_in, up.transposed, up.bias) == (80, 24, True, "model.layers.0.mlp.experts.gate_up_proj_bias")
+    assert (down.d_out, down.d_in, down.transposed) == (24, 40, True)
+    assert of_layer(graph, 0)["channel"].producers[up.name][:2].tolist() == [[0, 1], [2, 3]]  # gate, up, gate, up
+
+
+def test_heads_that_come_in_parts_are_as_many_in_each():
+    heads = of_layer(discover(tiny("codegen", hidden_size=32, num_attention_heads=8, rotary_dim=2)), 0)["kv_group"]
+    assert (heads.n_units, heads.n_blocks) == (8, 4)
+
+
+def test_the_rows_that_all_heads_of_latent_attention_read_stay():
+    sizes = dict(
+        num_key_value_heads=4, kv_lora_rank=10, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=5,
+        head_dim=4, moe_intermediate_size=12, n_routed_experts=4, num_experts_per_tok=1, n_group=1, topk_group=1,
+    )  # fmt: skip
+    graph = discover(tiny("deepseek_v3", **sizes))
+    heads = next(g for g in graph.groups.values() if g.kind == "kv_group")
+    assert heads.n_units == 4 and not any("kv_a_proj" in name for name in heads.producers)
+    assert "the rows of 'self_attn.kv_a_proj_with_mqa' are read by every unit alike" in graph.notes[0]
+
+
+def test_experts_of_any_size_take_no_memory():
+    experts = dict(num_local_experts=16, num_experts_per_tok=2, hidden_size=1024, intermediate_size=9000)
     graph = discover(build_skeleton(tiny_config("mixtral", num_hidden_layers=1, **experts)))
-    assert [g.n_units for g in graph.groups.values()] == [2]
-    assert "'mlp.experts.gate_up_proj', 'mlp.experts.down_proj': of no linear layer, so neither" in graph.notes[0]
+    assert [g.n_units for g in graph.groups.values()] == [2, 16 * 9000]
+
+
+@pytest.mark.parametrize("over, found", [(dict(num_kv_shared_layers=2), True), (dict(num_kv_shared_layers=0), False)])
+def test_layers_that_read_keys_of_other_layers_say_so(over, found):
+    sizes = dict(
+        num_hidden_layers=4, head_dim=8, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=4,
+        activation_sparsity_pattern=[0.0] * 4, vocab_size_per_layer_input=61, hidden_size_per_layer_input=8,
+        intermediate_size=[40] * 4, laurel_rank=4,
+    )  # fmt: skip
+    graph = discover(tiny("gemma3n_text", **sizes, **over))
+    assert bool(graph.exchanges) == found
+    if found:
+        assert graph.exchanges[0] == "decoder layer 2 reads more of layer 0 than hidden states"
 
 
 class ToyLayer(nn.Module):
@@ -275,19 +322,36 @@ def test_a_linear_that_also_writes_to_the_residual_stream_is_no_producer():
     assert not discover(Toy(steps)).groups
 
 
-def test_a_weight_that_is_read_without_its_linear_couples_everything():
+def test_a_weight_that_is_read_in_part_couples_everything():
     def steps(layer, x):
         return x + layer.down(nn.functional.linear(torch.relu(layer.side(x)), layer.up.weight[:, :4]))
 
-    (group,) = discover(Toy(steps)).groups.values()
+    graph = discover(Toy(steps))
+    (group,) = graph.groups.values()
     assert group.n_units == 1 and group.producers.keys() == {"layers.0.side"}
-    assert not discover(Toy(lambda layer, x: nn.functional.linear(layer.up(x), layer.down.weight))).groups
+
+
+def test_a_weight_that_is_read_without_its_linear_is_a_linear():
+    graph = discover(Toy(lambda layer, x: x + nn.functional.linear(torch.relu(layer.up(x)), layer.down.weight)))
+    (group,) = graph.groups.values()
+    assert group.n_units == 6 and group.consumers.keys() == {"layers.0.down"}
+
+
+def test_a_linear_that_is_used_twice_is_never_pruned():
+    graph = discover(Toy(lambda layer, x: x + layer.down(layer.up(torch.relu(layer.up(x))))))
+    assert not any(g.n_units > 1 for g in graph.groups.values())
+    assert "'up': used in several places or in parts, so never pruned" in graph.notes[-1]
+
+
+def test_columns_that_are_also_read_from_the_hidden_states_are_one_unit():
+    graph = discover(Toy(lambda layer, x: x + layer.down(layer.up(x) * nn.functional.rms_norm(x, (6,)))))
+    (group,) = graph.groups.values()
+    assert group.n_units == 1 and "values of their own in 'the hidden states'" in graph.notes[0]
 
 
 @pytest.mark.parametrize(
     "steps, message",
     [
-        (lambda layer, x: layer.up(layer.up(x)), "'layers.0.up' is used more than once in a forward pass"),
         (lambda layer, x: layer.down((layer.up(x) * 0).sqrt()), "an infinite or undefined derivative"),
         (lambda layer, x: layer.up(x).view(7), "Toy does not run on input embeddings, .* shape .* is invalid"),
     ],

@@ -1,6 +1,5 @@
 import copy
 import pickle
-import random
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from qpruner.model.discover import discover
 from qpruner.model.skeleton import build_skeleton
 from qpruner.model.surgery import narrow_, remaining
 from qpruner.plan import DENSE, Plan
+from qpruner.testing import random_kept, zeroed
 
 # Beyond the families of TINY, what differs in how values per head, heads or channels are handed around.
 CASES = [
@@ -22,32 +22,21 @@ CASES = [
     ("gemma2", dict(head_dim=8)),
     ("gptj", dict(n_embd=24, n_layer=3, n_head=4, rotary_dim=2)),
     ("olmo2", {}),
+    ("codegen", dict(hidden_size=32, num_attention_heads=8, rotary_dim=2)),
+    ("mixtral", dict(num_local_experts=3, num_experts_per_tok=2)),
+    ("gpt_oss", dict(num_local_experts=3, num_experts_per_tok=2, head_dim=8)),
 ]
+# These multiply queries with keys in float32 whatever the model's dtype, where another order of the same sum moves the
+# last of 24 bits; on some processors narrower matrices are summed in another order.
+IN_FLOAT32 = {"gptj", "codegen"}
 
 
-def some(graph, seed: int) -> dict[str, list[int]]:
-    """Random units of every group, different in every layer, at least one and not all where there is a choice."""
-    rng = random.Random(seed)
-    return {
-        name: sorted(rng.sample(range(g.n_units), rng.randint(1, max(1, g.n_units - 1))))
-        for name, g in graph.groups.items()
-    }
+def bound(family: str, exact: float) -> dict[str, float]:
+    return dict.fromkeys(("rtol", "atol"), 1e-5 if family in IN_FLOAT32 else exact)
 
 
 def everything(graph) -> dict[str, range]:
     return {name: range(g.n_units) for name, g in graph.groups.items()}
-
-
-def zeroed(model, graph, kept):
-    """The original with the consumer columns of the removed units at zero."""
-    model = copy.deepcopy(model)
-    for group in graph.groups.values():
-        gone = [u for u in range(group.n_units) if u not in kept[group.name]]
-        for name, table in group.consumers.items():
-            mask = torch.ones(graph.linears[name].d_in, dtype=model.dtype)
-            mask[table[gone].flatten()] = 0
-            model.get_submodule(name).register_forward_pre_hook(lambda _, args, mask=mask: (args[0] * mask,))
-    return model
 
 
 def narrowed(model, graph, kept):
@@ -74,18 +63,18 @@ def continued(model, ids, **options):
 def test_removing_a_unit_is_zeroing_it(family, over, seed, ids):
     model = tiny(family, **over)
     graph = discover(model)
-    kept = some(graph, seed)
+    kept = random_kept(graph, seed)
     small, reference = narrowed(model, graph, kept), zeroed(model, graph, kept)
     assert small.num_parameters() < model.num_parameters()
     with torch.no_grad():
         expected = reference(ids).logits
-        torch.testing.assert_close(small(ids).logits, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(small(ids).logits, expected, **bound(family, 1e-12))
         assert (model(ids).logits - expected).abs().max() > 1e-3
         padding = torch.ones_like(ids)
         padding[0, -3:] = 0
         torch.testing.assert_close(
             small(ids, attention_mask=padding).logits, reference(ids, attention_mask=padding).logits,
-            rtol=1e-12, atol=1e-12,
+            **bound(family, 1e-12),
         )  # fmt: skip
 
 
@@ -93,11 +82,11 @@ def test_removing_a_unit_is_zeroing_it(family, over, seed, ids):
 def test_a_narrowed_model_generates_with_and_without_a_cache(family, over, ids):
     model = tiny(family, **over)
     graph = discover(model)
-    kept = some(graph, 2)
+    kept = random_kept(graph, 2)
     small = narrowed(model, graph, kept)
     with_cache = continued(small, ids)
-    torch.testing.assert_close(with_cache, continued(small, ids, use_cache=False), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(with_cache, continued(zeroed(model, graph, kept), ids), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(with_cache, continued(small, ids, use_cache=False), **bound(family, 1e-6))
+    torch.testing.assert_close(with_cache, continued(zeroed(model, graph, kept), ids), **bound(family, 1e-9))
 
 
 @pytest.mark.parametrize("family, over", CASES)
@@ -116,7 +105,7 @@ def test_keeping_everything_leaves_everything_as_it_is(family, over, ids):
 def test_a_narrowed_model_is_discovered_copied_pickled_and_rebuilt_on_meta(family, over, ids):
     model = tiny(family, **over)
     graph = discover(model)
-    kept = some(graph, 3)
+    kept = random_kept(graph, 3)
     small = narrowed(model, graph, kept)
     again = discover(small)
     assert {name: g.n_units for name, g in again.groups.items()} == {name: len(kept[name]) for name in graph.groups}
@@ -124,6 +113,7 @@ def test_a_narrowed_model_is_discovered_copied_pickled_and_rebuilt_on_meta(famil
     assert torch.equal(copy.deepcopy(small)(ids).logits, expected)
     assert torch.equal(pickle.loads(pickle.dumps(small))(ids).logits, expected)
     skeleton = build_skeleton(tiny_config(family, **over))
+    skeleton.config._experts_implementation = model.config._experts_implementation
     narrow_(skeleton, discover(skeleton), kept)
     skeleton.load_state_dict(small.state_dict(), assign=True)
     skeleton.to(torch.float64).tie_weights()
@@ -171,7 +161,7 @@ def test_widths_and_counts_follow_and_the_configuration_stays(family):
     model = tiny(family)
     graph = discover(model)
     config = model.config.to_dict()
-    kept = some(graph, 4)
+    kept = random_kept(graph, 4)
     for p in model.parameters():
         p.requires_grad_(False)
     narrow_(model, graph, kept)
@@ -187,7 +177,7 @@ def test_widths_and_counts_follow_and_the_configuration_stays(family):
 def test_a_narrowed_layer_follows_later_changes_of_the_configuration(ids):
     model = tiny("phi3")
     graph = discover(model)
-    narrow_(model, graph, some(graph, 5))
+    narrow_(model, graph, random_kept(graph, 5))
     layer = model.model.layers[0].self_attn
     sdpa = model(ids).logits
     assert layer.config.num_attention_heads == 2 and model.config.num_attention_heads == 4
@@ -221,7 +211,7 @@ def test_the_parameters_of_a_pruned_llama_7b(layers, heads, channels, parameters
 def test_a_model_that_is_not_the_one_of_the_graph_is_refused_untouched():
     model = tiny("llama")
     graph = discover(model)
-    kept = some(graph, 6)
+    kept = random_kept(graph, 6)
     narrow_(model, graph, kept)
     before = dict(model.named_parameters())
     with pytest.raises(

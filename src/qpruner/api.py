@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -259,6 +260,29 @@ def evaluate(
             theirs = judged(load.inspect_source(reference, trust_remote_code=trust_remote_code), "reference")
             found["kl"] = judge.kl_to(ours, theirs, cut, batch_size=batch).to_dict()
     return found
+
+
+def support(
+    only: Sequence[str] = (),
+    *,
+    sweep: bool = False,
+    output: str | Path | None = None,
+    on_progress: OnProgress = silent,
+) -> list:
+    """What can be pruned of every causal language model of transformers; see `qpruner.support`.
+
+    Args:
+        only: model types; by default all that transformers has.
+        sweep: also prove it on a tiny random model of each.
+        output: a Markdown page to write the table into, below the text that is there.
+    """
+    from qpruner import support as architectures
+
+    rows = architectures.support(only, sweep=sweep, on_progress=on_progress)
+    if output is not None:
+        path = Path(output)
+        write_text(path, architectures.page(rows, path.read_text() if path.is_file() else ""))
+    return rows
 
 
 def study(model: str, runs: list[str], output: str | Path, **options) -> dict:

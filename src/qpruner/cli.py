@@ -146,6 +146,32 @@ def inspect(
 
 @app.command()
 @with_status
+def support(
+    sweep: Annotated[bool, typer.Option("--sweep", help="Prove every row on a tiny random model; minutes.")] = False,
+    only: Annotated[str | None, typer.Option(help="Model types, with commas between them. Default: all.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the table into this Markdown page, below its text.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show for every causal language model of transformers what can be pruned, and why not where nothing can."""
+    from qpruner import api
+    from qpruner.progress import bars
+
+    with bars() as on_progress:
+        rows = api.support(only.split(",") if only else (), sweep=sweep, output=output, on_progress=on_progress)
+    if as_json:
+        _print_json([row.to_json() for row in rows])
+    else:
+        from qpruner.report.terminal import study_table
+        from qpruner.support import COLUMNS, cells, summary
+
+        _print(study_table(COLUMNS, [cells(row) for row in rows]))
+        typer.echo(summary(rows))
+
+
+@app.command()
+@with_status
 def evaluate(
     model: Annotated[str, typer.Argument(help=MODEL_HELP + " Artifacts of qpruner too.")],
     text: Annotated[Path | None, typer.Option(help="Text to judge on; default: the bundled held-out modules.")] = None,

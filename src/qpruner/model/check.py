@@ -1,9 +1,10 @@
 """Whether a plan can be carried out on a model; refused here, with a sentence, before anything is touched."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from qpruner.errors import PlanError, listed
-from qpruner.model.graph import Graph
+from qpruner.model.graph import Graph, Group
 from qpruner.plan import Plan
 
 
@@ -32,6 +33,19 @@ def check_kept(graph: Graph, kept: Mapping[str, Sequence[int]], *, origin: str =
             raise PlanError(f"{place}: keeps unit(s) {listed(beyond)}, but the units are numbered 0 to {n - 1}.")
         if any(a >= b for a, b in zip(units, units[1:], strict=False)):
             raise PlanError(f"{place}: the kept units are not in ascending order, each once. Sort them.")
+        block = n // graph.groups[name].n_blocks
+        sizes = Counter(u // block for u in units)
+        if len(sizes) < graph.groups[name].n_blocks or len(set(sizes.values())) > 1:
+            raise PlanError(
+                f"{place}: its {n} units come in {graph.groups[name].n_blocks} blocks of {block}, such as those of one "
+                f"expert each, and every block has to keep equally many. Kept are {min_max(sizes, graph.groups[name])}."
+            )
+
+
+def min_max(sizes: Counter, group: Group) -> str:
+    """between 3 and 5 of a block"""
+    least = min(sizes.values()) if len(sizes) == group.n_blocks else 0
+    return f"between {least} and {max(sizes.values())} of a block"
 
 
 def _check_names(found: Iterable[str], expected: Iterable[str], origin: str, what: str, needs: str) -> None:

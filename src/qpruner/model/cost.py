@@ -14,7 +14,7 @@ from torch import nn
 
 from qpruner.errors import PlanError, listed
 from qpruner.math.grids import group_count
-from qpruner.model.graph import Graph
+from qpruner.model.graph import Graph, LinearSite, Stack
 from qpruner.plan import Plan, QuantSpec
 
 TensorSpec = tuple[str, tuple[int, ...]]
@@ -65,7 +65,8 @@ FILE_METADATA = {"format": "pt"}
 class StoredSize:
     """Bytes of the tensor files of an artifact.
 
-    linears: weights of the decoder layers' linears, codes and scales. embeddings: matrices outside the decoder layers.
+    linears: weights of the decoder layers' linears and experts, codes and scales.
+    embeddings: matrices outside the decoder layers.
     other: norms, biases, buffers. adapters: factors stored beside the base. headers: what the files spend on names.
     """
 
@@ -124,13 +125,15 @@ def weight_tensors(d_out: int, d_in: int, spec: QuantSpec, dense_dtype: str) -> 
 
 
 def kept_shapes(graph: Graph, kept: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
-    """(d_out, d_in) of every linear after the cuts."""
-    shapes = {name: [site.d_out, site.d_in] for name, site in graph.linears.items()}
+    """(d_out, d_in) of every linear, and of every expert of a stack, after the cuts."""
+    sites = graph.linears | graph.stacks
+    shapes = {name: [site.d_out, site.d_in] for name, site in sites.items()}
     for group in graph.groups.values():
         if cut := sorted(set(range(group.n_units)).difference(kept[group.name])):
             for axis, tables in enumerate((group.producers, group.consumers)):
                 for name, table in tables.items():
-                    shapes[name][axis] -= table[cut].unique().numel()
+                    n = graph.stacks[name].n_experts if name in graph.stacks else 1
+                    shapes[name][axis] -= table[cut].unique().numel() // n
     return {name: (d_out, d_in) for name, (d_out, d_in) in shapes.items()}
 
 
@@ -143,21 +146,43 @@ def stored_tensors(
     """
     check_names(graph, plan)
     stored = {name: (dtype if d in WIDE else d, shape) for name, (d, shape) in tensors.items()}
-    for name, (d_out, d_in) in kept_shapes(graph, plan.kept).items():
-        site, spec = graph.linears[name], plan.specs[name]
+    shapes = kept_shapes(graph, plan.kept)
+    for name, site in graph.linears.items():
+        (d_out, d_in), spec = shapes[name], plan.specs[name]
         weight, bias = f"{name}.weight", f"{name}.bias"
-        expected = (site.d_in, site.d_out) if site.transposed else (site.d_out, site.d_in)
-        if weight not in tensors or tensors[weight][1] != expected:
-            found = tensors.get(weight, ("", "no tensor"))[1]
-            raise PlanError(f"{weight!r} is {found}, not {expected}: the graph was made for another model")
+        check_shape(tensors, weight, stored_shape(site, site.d_out, site.d_in))
         if spec.bits == 16:
-            stored[weight] = (stored[weight][0], (d_in, d_out) if site.transposed else (d_out, d_in))
+            stored[weight] = (stored[weight][0], stored_shape(site, d_out, d_in))
         else:
             del stored[weight]
             stored |= {f"{name}.{part}": t for part, t in weight_tensors(d_out, d_in, spec, dtype).items()}
         if bias in stored:
             stored[bias] = (stored[bias][0], (d_out,))
+    for name, stack in graph.stacks.items():
+        d_out, d_in = shapes[name]
+        check_shape(tensors, name, stored_shape(stack, stack.d_out, stack.d_in))
+        stored[name] = (stored[name][0], stored_shape(stack, d_out, d_in))
+        if stack.bias is not None:
+            stored[stack.bias] = (stored[stack.bias][0], (stack.n_experts, d_out))
+    for group in graph.groups.values():
+        for name, (dim, table) in group.tensors.items():
+            if name in stored:  # tables that the model makes itself are not
+                lost = table[sorted(set(range(group.n_units)).difference(plan.kept[group.name]))].numel()
+                d, shape = stored[name]
+                stored[name] = (d, (*shape[:dim], shape[dim] - lost, *shape[dim + 1 :]))
     return stored
+
+
+def stored_shape(site: LinearSite | Stack, d_out: int, d_in: int) -> tuple[int, ...]:
+    """Of the weight of a linear or of a stack, as the model stores it."""
+    matrix = (d_in, d_out) if site.transposed else (d_out, d_in)
+    return (site.n_experts, *matrix) if isinstance(site, Stack) else matrix
+
+
+def check_shape(tensors: Mapping[str, TensorSpec], name: str, expected: tuple[int, ...]) -> None:
+    found = tensors[name][1] if name in tensors else "no tensor"
+    if found != expected:
+        raise PlanError(f"{name!r} is {found}, not {expected}: the graph was made for another model")
 
 
 def check_names(graph: Graph, plan: Plan) -> None:
@@ -216,7 +241,7 @@ def safetensors_header(
 def predict_size(tensors: Mapping[str, TensorSpec], graph: Graph, plan: Plan, dtype: str = "BF16") -> StoredSize:
     """Size of the artifact's tensor files: model.safetensors, and adapter_model.safetensors if there are adapters."""
     base, adapters = stored_tensors(tensors, graph, plan, dtype), adapter_tensors(graph, plan, dtype)
-    weights = {f"{name}.{part}" for name in graph.linears for part in ("weight", "codes", "scales")}
+    weights = {f"{name}.{part}" for name in graph.linears for part in ("weight", "codes", "scales")} | {*graph.stacks}
     inside = tuple(f"{layer}." for layer in graph.layers)
     sizes = {"linears": 0, "embeddings": 0, "other": 0}
     for name, tensor in base.items():

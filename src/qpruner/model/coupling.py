@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qpruner.errors import listed
 from qpruner.model.graph import Group
-from qpruner.model.probe import earlier_rows, over_tokens, reached, touched
+from qpruner.model.probe import columns_reading, earlier_rows, over_tokens, reached, touched
 
 BLOCK = 64  # columns that are first asked together; units that begin at multiples of it come apart at once
 
@@ -39,33 +39,71 @@ class Components:
     mixing: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """What the columns of a layer may depend on besides the rows of its producers.
+
+    values: parameters and tables. fixed: those of them that cannot be cut, and leaves whose rows cannot: units may read
+    them, if all read them alike. stream: what is as wide as the hidden states, where norms hide who reads what, and
+    weights of which parts were read: no unit may read any.
+    experts: of every stack (n_experts, d_out, d_in).
+    rigid: module -> why the groups in it stay whole.
+    """
+
+    values: dict[str, Tensor]
+    fixed: dict[str, Tensor]
+    stream: dict[str, Tensor]
+    experts: dict[str, tuple[int, int, int]]
+    rigid: dict[str, str]
+
+
 def couple(
-    calls: dict[str, tuple[Tensor, Tensor]],
-    parameters: dict[str, Tensor],
-    escapes: set[str],
-    generator: torch.Generator,
+    calls: dict[str, tuple[Tensor, Tensor]], around: Surroundings, escapes: set[str], generator: torch.Generator
 ) -> Coupling:
     """The groups of a layer.
 
     Args:
-        calls: input and leaf of every linear, in the model's order.
-        parameters: of the layer, without those of linears.
+        calls: input and leaf of every linear, and of one expert of every stack, in the model's order.
         escapes: linears whose rows reach beyond the layer: they are no producers.
     """
     leaves = {name: leaf for name, (_, leaf) in calls.items() if name not in escapes}
-    found = find_components(calls, leaves, generator)
-    private = private_parameters(calls, parameters, found, generator)
-    groups, notes = [], []
-    for components in alike(found):
-        group, why_whole = assemble(components, found, private)
-        groups.append(group)
-        notes.append(why_whole)
-    groups = named(groups)
-    notes = [f"{group.name!r}: {note}" for group, note in zip(groups, notes, strict=True) if note]
+    found, assembled = taken_apart(calls, leaves, around, generator)
+    notes = []
+    for name in tying(assembled):
+        rest = {n: leaf for n, leaf in leaves.items() if n != name}
+        without = taken_apart(calls, rest, replace(around, fixed=around.fixed | {name: leaves[name]}), generator)
+        if divisible(without[1]) > divisible(assembled):
+            (found, assembled), leaves = without, rest
+            notes.append(f"the rows of {name!r} are read by every unit alike, so they all stay")
+    groups = named([group for group, _ in assembled])
+    notes += [f"{group.name!r}: {why}" for group, (_, why) in zip(groups, assembled, strict=True) if why]
     unreached = {name: tuple((c < 0).nonzero().flatten().tolist()) for name, c in found.rows.items() if (c < 0).any()}
     for name, rows in unreached.items():
         notes.append(f"{len(rows)} row(s) of {name!r} reach no other linear of the layer and are never removed")
     return Coupling(tuple(groups), unreached, tuple(notes))
+
+
+def taken_apart(calls, leaves, around: Surroundings, generator) -> tuple["Components", list[tuple[Group, str]]]:
+    """The components, and every group with the reason why it cannot be pruned, if so."""
+    found = find_components(calls, leaves, generator)
+    return found, [assemble(components, found, calls, around, generator) for components in alike(found)]
+
+
+def tying(assembled: list[tuple[Group, str]]) -> list[str]:
+    """Producers that may tie a group together because every unit reads them alike; fewer rows than the group's columns.
+
+    In latent attention such is the linear whose rows are, turned by position, a part of the keys of all heads.
+    """
+    found = []
+    for group, _ in assembled:
+        if group.n_units == 1 and len(group.producers) > 1:
+            columns = min(t.numel() for t in group.consumers.values())
+            found += [name for name, rows in group.producers.items() if rows.numel() < columns]
+    return found
+
+
+def divisible(assembled: list[tuple[Group, str]]) -> int:
+    return sum(group.n_units > 1 for group, _ in assembled)
 
 
 def find_components(calls, leaves: dict[str, Tensor], generator: torch.Generator) -> Components:
@@ -109,10 +147,18 @@ def join_columns(
     d_in = x.shape[-1]
     block = torch.arange(d_in) // BLOCK
     coarse, seen = torch.arange(len(numbers)), torch.full((int(block[-1]) + 1,), -1)
+    readers = torch.zeros(len(numbers), dtype=torch.int64)
     for first, hits in touched(x, leaves, block, generator):
-        blocks, rows = torch.cat([over_tokens(h) for h in hits], 1).nonzero(as_tuple=True)
+        hits = torch.cat([over_tokens(h) for h in hits], 1)
+        blocks, rows = hits.nonzero(as_tuple=True)
         coarse = join(coarse, blocks, rows)
         seen[blocks + first] = rows
+        readers += hits.sum(0)
+    if len(seen) > 1 and (readers == len(seen)).any():
+        row = int((readers == len(seen)).nonzero()[0, 0])
+        if columns_reading(x, leaves, row, generator).all():  # then all are tied together by this row
+            rows = numbers[readers > 0]
+            return join(label, torch.zeros_like(rows), rows), numbers[row].expand(d_in).clone()
     apart = torch.where(seen >= 0, coarse[seen], -1)[block]  # columns with different numbers share no row
     in_order, order = apart.sort(stable=True)
     place = torch.empty_like(order)
@@ -140,25 +186,6 @@ def join(label: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return label
 
 
-def private_parameters(calls, parameters: dict[str, Tensor], found: Components, generator) -> dict[str, set[int]]:
-    """Parameters with elements of one unit only, such as attention sinks, with those units; not so a norm per head."""
-    private, parameters = {}, {name: p for name, p in parameters.items() if p.requires_grad}
-    for name, components in found.columns.items():
-        x, _ = calls[name]
-        names = list(reached([x], parameters, generator))
-        ids, set_of = components.unique(return_inverse=True)
-        if not names or len(ids) < 2:
-            continue
-        set_of = torch.where(components < 0, -1, set_of - int(ids[0] < 0))
-        parts = [hits for _, hits in touched(x, {n: parameters[n] for n in names}, set_of, generator)]
-        for n, *hits in zip(names, *parts, strict=True):
-            hits = torch.cat([h.flatten(1) for h in hits])
-            users = hits.any(1)
-            if (hits[users].any(0) != hits[users].all(0)).any():
-                private.setdefault(n, set()).update(ids[ids >= 0][users].tolist())
-    return private
-
-
 def alike(found: Components) -> list[Tensor]:
     """Components that join the same linears, as sets; everything ordered by first consumer column."""
     if not found.n:
@@ -176,32 +203,136 @@ def count(components: Tensor, n: int) -> Tensor:
     return components[components >= 0].bincount(minlength=n)
 
 
-def assemble(components: Tensor, found: Components, private: dict[str, set[int]]) -> tuple[Group, str]:
+def assemble(
+    components: Tensor, found: Components, calls, around: Surroundings, generator: torch.Generator
+) -> tuple[Group, str]:
     """One group, and why it cannot be pruned if so: its components are then merged into a single unit."""
     joined = lambda side: {name: c for name, c in side.items() if torch.isin(c, components).any()}
     producers, consumers = joined(found.rows), joined(found.columns)
     sizes = torch.stack([count(c, found.n)[components] for c in (*producers.values(), *consumers.values())], 1)
-    blocking = [name for name, units in private.items() if units & set(components.tolist())]
-    why_whole = ""
-    if len(components) == 1:
+    unit = torch.full((found.n + 1,), -1)  # the last entry serves component -1
+    unit[components] = torch.arange(len(components))
+    module = common_module([*producers, *consumers])
+    tensors, why_whole = {}, next((why for m, why in around.rigid.items() if f"{module}.".startswith(f"{m}.")), "")
+    if why_whole:
+        pass
+    elif len(components) == 1:
         why_whole = f"the columns of {listed(consumers)} are all tied together by the rows of {listed(producers)}"
+    elif len({around.experts[n][0] for n in (producers | consumers) if n in around.experts}) > 1:
+        why_whole = f"{listed(producers | consumers)} are stacks of different numbers of experts"
     elif (sizes != sizes[0]).any():
         why_whole = f"its {len(components)} units are of unequal size"
-    elif blocking:
-        why_whole = f"its units have values of their own in {listed(blocking)}, which cannot be cut"
-    unit = torch.full((found.n + 1,), -1)  # the last entry serves component -1
-    unit[components] = torch.zeros_like(components) if why_whole else torch.arange(len(components))
+    else:
+        columns = {name: (calls[name][0], unit[c]) for name, c in consumers.items()}
+        tensors, blocking = own_slices(columns, around, generator)
+        if blocking:
+            why_whole = f"its units have values of their own in {listed(blocking)}, which cannot be cut"
+    if why_whole:
+        unit[components], tensors = torch.zeros_like(components), {}
     n_units = 1 if why_whole else len(components)
     mixes = any(found.mixing[name][torch.isin(c, components)].any() for name, c in producers.items())
     group = Group(
         name="",
         layer=-1,
         kind="kv_group" if mixes else "channel",
-        module=common_module([*producers, *consumers]),
+        module=module,
         producers={name: table(unit[c], n_units) for name, c in producers.items()},
         consumers={name: table(unit[c], n_units) for name, c in consumers.items()},
+        n_blocks=max(blocks(unit[c]) for c in (*producers.values(), *consumers.values())),
+        tensors=tensors,
     )
-    return group, why_whole and f"{why_whole}, so it is one indivisible unit and never pruned"
+    return of_all_experts(
+        group, around.experts
+    ), why_whole and f"{why_whole}, so it is one indivisible unit and never pruned"
+
+
+def own_slices(
+    columns: dict[str, tuple[Tensor, Tensor]], around: Surroundings, generator: torch.Generator
+) -> tuple[dict[str, tuple[int, Tensor]], list[str]]:
+    """Values that belong to single units, such as attention sinks: as slices by unit, and names where there are none.
+
+    What every unit reads alike, such as a norm per head, belongs to none.
+
+    Args:
+        columns: of every consumer, its input and the unit of every column, -1 for none.
+    """
+    targets = {name: v for name, v in (around.values | around.fixed).items() if v.requires_grad}
+    owners, blocking = {}, list(reached([x[..., unit >= 0] for x, unit in columns.values()], around.stream, generator))
+    for x, unit in columns.values():
+        names = list(reached([x], targets, generator))
+        if not names:
+            continue
+        parts = [hits for _, hits in touched(x, {n: targets[n] for n in names}, unit, generator)]
+        for name, *hits in zip(names, *parts, strict=True):
+            hits = torch.cat(hits)
+            readers = hits.sum(0)
+            if ((readers > 1) & (readers < len(hits))).any():
+                blocking.append(name)
+            if name in around.fixed and hits.flatten(0, -2).any(0).sum() >= (unit >= 0).sum():
+                blocking.append(name)  # as many rows as columns: behind a norm each column may read one of its own
+            owner = torch.where(readers == 1, hits.int().argmax(0), -1)
+            if name in owners and not torch.equal(owners[name], owner):
+                blocking.append(name)
+            owners[name] = owner
+    found = {name: slices(owner) for name, owner in owners.items() if (owner >= 0).any()}
+    blocking += [name for name, cut in found.items() if not cut or name in around.fixed]
+    return {name: cut for name, cut in found.items() if name not in blocking}, list(dict.fromkeys(blocking))
+
+
+def slices(owner: Tensor) -> tuple[int, Tensor] | None:
+    """The dimension along which every slice belongs to one unit, and the slices by unit; None if there is no such.
+
+    Args:
+        owner: the unit of every element, -1 for none.
+    """
+    for dim in range(owner.dim()):
+        by_slice = owner.movedim(dim, 0).flatten(1) if owner.dim() > 1 else owner[:, None]
+        unit = by_slice.amax(1)
+        sizes = unit[unit >= 0].bincount()
+        if ((by_slice == unit[:, None]) | (by_slice < 0)).all() and (sizes == sizes[0]).all():
+            return dim, table(unit, len(sizes))
+    return None
+
+
+def blocks(unit: Tensor) -> int:
+    """How many parts the rows or columns of a linear come in, with units of their own in each, mixed up within it.
+
+    A model that keeps its heads in four parts, with the q, k and v of a part together, takes its rows apart in four
+    equal ones, so that the parts have to keep equally many heads. Where every unit is a part, nothing has to.
+    """
+    order = unit[unit >= 0]
+    n_units = int(order.max()) + 1
+    for n in range(n_units, 1, -1):
+        if n_units % n == 0 and len(order) % n == 0:
+            part = order.view(n, -1) // (n_units // n)
+            if (part == torch.arange(n)[:, None]).all():
+                return n if n < n_units else 1
+    return 1
+
+
+def of_all_experts(group: Group, experts: dict[str, tuple[int, int, int]]) -> Group:
+    """The group of one expert as that of all of them, which share its structure.
+
+    Units within experts come expert by expert, as blocks; units that linears outside of the experts share in are the
+    same for every expert.
+    """
+    members = group.producers.keys() | group.consumers.keys()
+    stacked = members & experts.keys()
+    if not stacked or len({experts[name][0] for name in stacked}) > 1:
+        return group
+    n = experts[next(iter(stacked))][0]
+    dim = 0 if stacked == members else 1
+
+    def widened(tables: dict[str, Tensor], side: int) -> dict[str, Tensor]:
+        every = lambda name, t: torch.cat([t + e * experts[name][side] for e in range(n)], dim)
+        return {name: every(name, t) if name in stacked else t for name, t in tables.items()}
+
+    return replace(
+        group,
+        producers=widened(group.producers, 1),
+        consumers=widened(group.consumers, 2),
+        n_blocks=group.n_blocks * n if dim == 0 else group.n_blocks,
+    )
 
 
 def table(unit: Tensor, n_units: int) -> Tensor:

@@ -8,16 +8,23 @@ from collections import defaultdict
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qpruner.errors import listed
-from qpruner.model.coupling import Coupling, couple
-from qpruner.model.graph import Graph, Group, LinearSite, Projection
-from qpruner.model.probe import Recording, escaping, record
+from qpruner.model.coupling import Coupling, Surroundings, couple
+from qpruner.model.graph import Graph, Group, LinearSite, Projection, Stack
+from qpruner.model.probe import HIDDEN_STATES, Escapes, Recording, escapes_of, record, spans
 from qpruner.model.skeleton import linear_sites
 
 # An integer that only says which layer this is does not make the layer different from its neighbours.
 POSITION_ATTRIBUTES = {"layer_idx", "layer_id", "layer_number", "block_idx"}
+
+# What the code of a module takes for granted and no derivative shows.
+RIGID = {
+    "TrOCRAttention": "its code gives all heads together the width of the hidden states",
+    "xLSTMLayer": "its state has the width that the configuration gives, for all layers at once",
+    "RwkvSelfAttention": "its state has the width that the configuration gives, for all layers at once",
+}
 
 
 def discover(model: nn.Module) -> Graph:
@@ -36,30 +43,93 @@ def discover(model: nn.Module) -> Graph:
 def _discover(model: nn.Module) -> Graph:
     run = record(model)
     sites = linear_sites(model)
-    escapes = escaping(run)
+    escapes = escapes_of(run)
+    stacks = stacks_of(run, sites)
     known: dict[tuple, Coupling] = {}
     groups, unreached, layers_of_note = {}, {}, defaultdict(list)
     for i, layer in enumerate(run.layers):
-        inside = {name.removeprefix(layer + "."): run.calls.get(name) for name in sites if sites[name].layer == i}
-        calls = {name: call for name, call in inside.items() if call}
-        beyond = {name for name in calls if f"{layer}.{name}" in escapes}
-        parameters = {name.removeprefix(layer + "."): p for name, p in run.parameters(layer).items()}
-        key = (frozenset(beyond), tuple(calls), *shape_of(run.model.get_submodule(layer)))
+        inner = lambda named, layer=layer: {n.removeprefix(f"{layer}."): v for n, v in named.items()}
+        calls, values = run.calls(layer), run.values(layer)
+        around = surroundings(run, layer, stacks, escapes, values)
+        beyond = {name for name in calls if name in escapes.names}
+        key = (
+            frozenset(inner(dict.fromkeys(beyond))),
+            tuple(inner(calls)),
+            tuple(inner(around.fixed)),
+            tuple(inner(around.stream)),
+        )
+        key += shape_of(run.model.get_submodule(layer))
         if key not in known:
-            known[key] = couple(calls, parameters, beyond, run.generator)
+            relative = Surroundings(*map(inner, vars(around).values()))
+            known[key] = couple(inner(calls), relative, set(inner(dict.fromkeys(beyond))), run.generator)
         for group in known[key].groups:
             group = placed(group, layer, i)
             groups[group.name] = group
         unreached |= {f"{layer}.{name}": rows for name, rows in known[key].unreached.items()}
-        for note in (*known[key].notes, *whole(inside, parameters)):
+        here = {name: site for name, site in sites.items() if site.layer == i}
+        for note in (*known[key].notes, *whole(run, inner(here), inner(values), layer, stacks)):
             layers_of_note[note].append(i)
     return Graph(
         layers=run.layers,
         linears=sites,
         groups=groups,
         projections=projections(run, sites, groups),
+        stacks=stacks,
         unreached=unreached,
         notes=tuple(f"{note} (in decoder layers {spans(layers)})" for note, layers in layers_of_note.items()),
+        exchanges=escapes.exchanges,
+    )
+
+
+def stacks_of(run: Recording, sites: dict[str, LinearSite]) -> dict[str, Stack]:
+    """Every stack of experts of which single experts were multiplied with."""
+    found = {}
+    for i, layer in enumerate(run.layers):
+        for name, use in run.of(layer).items():
+            if name not in sites and run.separable(name):
+                p = use.product
+                bias = bias_of(run.model, name, (p.n_experts, p.d_out))
+                found[name] = Stack(name, i, p.n_experts, p.d_out, p.d_in, p.transposed, bias)
+    return found
+
+
+def bias_of(model: nn.Module, stack: str, shape: tuple[int, int]) -> str | None:
+    """The parameter that a module keeps under its stack's name and something after it, with a value for every row."""
+    path, _, attribute = stack.rpartition(".")
+    beside = model.get_submodule(path).named_parameters(recurse=False)
+    return next((f"{path}.{n}" for n, p in beside if n.startswith(attribute) and p.shape == shape), None)
+
+
+def surroundings(
+    run: Recording, layer: str, stacks: dict[str, Stack], escapes: Escapes, values: dict[str, Tensor]
+) -> Surroundings:
+    """What the linears of a layer may depend on besides each other's rows that can be cut."""
+    biases = {stack.bias for stack in stacks.values()}
+    values = {name: v for name, v in values.items() if v is not None and name not in biases}
+    convolved = {
+        n: v for n, v in values.items() if hasattr(run.model.get_submodule(n.rpartition(".")[0]), "kernel_size")
+    }
+    mine, given = run.of(layer), run.given.get(layer, {})
+    whole = [n for n in mine if n in escapes.names or not run.separable(n)]
+    fixed = convolved | {
+        f"{n} (use {i + 1})" if i else n: leaf
+        for n in (*whole, *sorted(escapes.into.get(layer, ())))
+        for i, (_, leaf) in enumerate(run.uses[n].all_calls)
+    }
+    width = given[HIDDEN_STATES].shape[-1] if given else 0
+    fixed |= given
+    stream = {n: v for n, v in fixed.items() if v.shape[-1] == width and n not in convolved}
+    stream |= {n: one for n, one in run.made_up.items() if n.startswith(f"{layer}.")}
+    return Surroundings(
+        values={n: v for n, v in values.items() if n not in convolved},
+        fixed={n: v for n, v in fixed.items() if n not in stream},
+        stream=stream,
+        experts={n: (s.n_experts, s.d_out, s.d_in) for n, s in stacks.items() if n in mine},
+        rigid={
+            path: RIGID[type(module).__name__]
+            for path, module in run.model.get_submodule(layer).named_modules(prefix=layer)
+            if type(module).__name__ in RIGID
+        },
     )
 
 
@@ -82,33 +152,33 @@ def shape_of(layer: nn.Module) -> tuple:
 
 def placed(group: Group, layer: str, index: int) -> Group:
     """A group of a layer shape, as the group of one layer."""
+    within = lambda tables: {f"{layer}.{name}": t for name, t in tables.items()}
     return replace(
         group,
         name=f"{layer}.{group.name}",
         layer=index,
         module=f"{layer}.{group.module}".removesuffix("."),
-        producers={f"{layer}.{name}": rows for name, rows in group.producers.items()},
-        consumers={f"{layer}.{name}": columns for name, columns in group.consumers.items()},
+        producers=within(group.producers),
+        consumers=within(group.consumers),
+        tensors=within(group.tensors),
     )
 
 
-def whole(inside: dict, parameters: dict) -> list[str]:
-    """What of a layer is left as it is: linears that did not run, and matrices that belong to no linear."""
-    idle = [name for name, call in inside.items() if call is None]
-    stacked = [name for name, p in parameters.items() if p.dim() > 1]
+def whole(run: Recording, linears: dict, values: dict, layer: str, stacks: dict[str, Stack]) -> list[str]:
+    """What of a layer is left as it is: linears that did not run or not once, and matrices that belong to no linear."""
+    full = lambda name: f"{layer}.{name}"
+    idle = [name for name in linears if full(name) not in run.uses]
+    shared = [n.removeprefix(f"{layer}.") for n in run.of(layer) if not run.separable(n)]
+    biases = {stack.bias for stack in stacks.values()}
+    matrices = [n for n, v in values.items() if (v is None or v.dim() > 1) and full(n) not in biases]
     notes = []
     if idle:
         notes.append(f"{listed(idle)}: not used for the few tokens of the probe, so never pruned")
-    if stacked:
-        notes.append(f"{listed(stacked)}: of no linear layer, so neither pruned nor quantized")
+    if shared:
+        notes.append(f"{listed(shared)}: used in several places or in parts, so never pruned")
+    if matrices:
+        notes.append(f"{listed(matrices)}: of no linear layer, so neither pruned nor quantized")
     return notes
-
-
-def spans(numbers: list[int]) -> str:
-    """0-3, 7"""
-    starts = [n for n in numbers if n - 1 not in numbers]
-    ends = [n for n in numbers if n + 1 not in numbers]
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def projections(run: Recording, sites: dict[str, LinearSite], groups: dict[str, Group]) -> tuple[Projection, ...]:
@@ -117,7 +187,7 @@ def projections(run: Recording, sites: dict[str, LinearSite], groups: dict[str, 
     together = defaultdict(list)
     for name in sites:
         if name in produced:
-            x, _ = run.calls[name]
+            [(x, _)] = run.uses[name].all_calls
             together[produced[name], x.data_ptr(), x.shape].append(name)
         else:
             together[name].append(name)

@@ -95,6 +95,7 @@ class Graph:
     stacks: every 3-D parameter of stacked experts inside the decoder layers.
     unreached: rows of a linear that no consumer was seen to depend on; they are never removed.
     notes: sentences for a person about what cannot be pruned and why.
+    exchanges: sentences about what decoder layers read of each other besides hidden states; empty for most models.
     """
 
     layers: tuple[str, ...]
@@ -104,3 +105,4 @@ class Graph:
     stacks: dict[str, Stack] = field(default_factory=dict)
     unreached: dict[str, tuple[int, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    exchanges: tuple[str, ...] = ()

@@ -1,8 +1,9 @@
 """What depends on what inside a decoder layer, read from derivatives. No weight of the model is ever read.
 
-A private copy of the model runs once on random embeddings. In it every linear returns a fresh random leaf in place
-of its product, and every decoder layer starts from detached hidden states, so that a gradient stops at the linears
-around it. A column of a linear's input then has an exactly zero gradient on rows of another that it does not depend on.
+A private copy of the model runs once on random embeddings. In it every product with the weight of a linear layer, or
+with that of one of many stacked experts, is answered by a fresh random leaf, and every decoder layer starts from
+detached hidden states, so that a gradient stops at the linears around it. A column of a linear's input then has an
+exactly zero gradient on rows of another that it does not depend on.
 
     column   one input of a linear layer
     row      one output of a linear layer: one element of its leaf, at every token
@@ -11,6 +12,7 @@ around it. A column of a linear's input then has an exactly zero gradient on row
 """
 
 import copy
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -18,82 +20,171 @@ import torch
 from torch import Tensor, nn
 
 from qpruner.errors import ModelError
-from qpruner.model.skeleton import decoder_layers, linear_dims, linear_sites
+from qpruner.model.skeleton import LARGE, decoder_layers, linear_dims, linear_sites
+from qpruner.model.standin import Origin, Product, StandIn
 
 TOKENS = 4
 CHUNK_BYTES = 2**21  # of gradient held at once by `touched`; more is slower, it falls out of the cache
+HIDDEN_STATES = "the hidden states"
+
+Call = tuple[Tensor, Tensor]  # input and leaf
+
+
+@dataclass
+class Use:
+    """What was computed with one linear, or with one stack of experts. calls: by expert; 0 for a linear."""
+
+    product: Product
+    calls: dict[int, list[Call]] = field(default_factory=lambda: defaultdict(list))
+
+    @property
+    def all_calls(self) -> list[Call]:
+        return [call for calls in self.calls.values() for call in calls]
 
 
 @dataclass
 class Recording:
-    """One run of the copy. calls: input and leaf of every linear that ran; outputs: what the decoder layers pass on."""
+    """One run of the copy.
 
-    model: nn.Module
+    uses: of every linear and stack inside a decoder layer that ran.
+    misread: those whose weight took part in more than products with the whole of it, or is shared.
+    made_up: leaves for the weights of which parts were read, where there was no room for the whole.
+    given: leaves for what each decoder layer is given, its hidden states and what else has a value for every token.
+    received: what else than hidden states each decoder layer is given. outputs: the hidden states it returns.
+    """
+
     layers: tuple[str, ...]
     generator: torch.Generator
-    calls: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    watched: set[str]
+    misread: set[str]
+    model: nn.Module | None = None
+    uses: dict[str, Use] = field(default_factory=dict)
+    made_up: dict[str, Tensor] = field(default_factory=dict)
+    given: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    received: list[list[Tensor]] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
 
-    def inside(self, layer: str) -> dict[str, tuple[Tensor, Tensor]]:
-        return {name: call for name, call in self.calls.items() if name.startswith(layer + ".")}
+    def answer(self, product: Product) -> Tensor:
+        if product.expert is not None:
+            return self._answer(product, product.expert, product.x).to(product.x.dtype)
+        return torch.stack([self._answer(product, e, x) for e, x in enumerate(product.x)]).to(product.x.dtype)
 
-    def parameters(self, layer: str) -> dict[str, Tensor]:
-        """Parameters of a layer that belong to no linear: norms, attention sinks, stacked experts."""
+    def _answer(self, product: Product, expert: int, x: Tensor) -> Tensor:
+        leaf = fresh_leaf((*x.shape[:-1], product.d_out), self.generator)
+        if product.name in self.watched and x.numel():
+            use = self.uses.setdefault(product.name, Use(product))
+            use.calls[expert].append((x, leaf))
+        return leaf.clone()  # in-place code may follow
+
+    def values_of(self, name: str | None, shape: torch.Size) -> Tensor:
+        """One number for all of a weight is enough to see what depends on it."""
+        if name not in self.watched:
+            return repeated(shape, self.generator)
+        one = self.made_up.setdefault(name, torch.ones(()).requires_grad_())
+        return repeated(shape, self.generator) * one if shape.numel() < LARGE else (0.2 * one).expand(shape)
+
+    def of(self, layer: str) -> dict[str, Use]:
+        return {name: use for name, use in self.uses.items() if name.startswith(layer + ".")}
+
+    def separable(self, name: str) -> bool:
+        """Each of its matrices was used once, and in no other way."""
+        return name not in self.misread and all(len(calls) == 1 for calls in self.uses[name].calls.values())
+
+    def calls(self, layer: str) -> dict[str, Call]:
+        """Of the linears of a layer that can be told apart, and of one expert for all: the one with most tokens."""
+        uses = {name: use for name, use in self.of(layer).items() if self.separable(name)}
+        tokens = Counter()
+        for use in uses.values():
+            if use.product.n_experts:
+                tokens.update({e: x.shape[:-1].numel() for e, [(x, _)] in use.calls.items()})
+        expert = max(tokens, key=lambda e: (tokens[e], -e), default=0)
         return {
-            f"{path}.{name}": p
-            for path, module in self.model.get_submodule(layer).named_modules(prefix=layer)
-            if not linear_dims(module)
-            for name, p in module.named_parameters(recurse=False)
+            name: use.calls[e][0]
+            for name, use in uses.items()
+            if (e := expert if use.product.n_experts else 0) in use.calls
         }
+
+    def values(self, layer: str) -> dict[str, Tensor]:
+        """Parameters and tables of a layer that are no weight of a linear: of norms, attention sinks, convolutions."""
+        found = {}
+        for path, module in self.model.get_submodule(layer).named_modules(prefix=layer):
+            if not linear_dims(module):
+                own = {n: t for n, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
+                found |= {f"{path}.{n}": t for n, t in own.items() if f"{path}.{n}" not in self.uses}
+        return {name: t.origin.values if isinstance(t, StandIn) else t for name, t in found.items()}
 
 
 def record(model: nn.Module) -> Recording:
     """Runs a private copy of the model, on the CPU and in float32; the model itself is only looked at."""
-    generator = torch.Generator().manual_seed(0)
-    twin = weightless_copy(model, generator)
-    run = Recording(twin, decoder_layers(twin), generator)
-    watched = linear_sites(twin)
-    for name, module in twin.named_modules():
-        if linear_dims(module):
-            module.forward = leaf_maker(module, name if name in watched else None, run)
+    layers, generator = decoder_layers(model), torch.Generator().manual_seed(0)
+    stacked = {n for n, p in model.named_parameters() if n.startswith(tuple(f"{p}." for p in layers)) and p.dim() == 3}
+    run = Recording(layers, generator, {*linear_sites(model), *stacked}, shared_weights(model))
+    run.model = twin = weightless_copy(model, run)
     for path in run.layers:
         layer = twin.get_submodule(path)
-        layer.register_forward_pre_hook(detach_inputs, with_kwargs=True)
+        layer.register_forward_pre_hook(starts_afresh(run, path), with_kwargs=True)
         layer.register_forward_hook(lambda _, __, output: run.outputs.append(hidden_states(output)))
     embeddings = torch.randn(1, TOKENS, twin.get_input_embeddings().embedding_dim, generator=generator)
     try:
-        twin(inputs_embeds=embeddings, use_cache=False)
+        run_on(run, inputs_embeds=embeddings)
     except ModelError:
         raise
     except Exception as error:  # whatever a model's own code raises
-        raise ModelError(
-            f"{type(model).__name__} does not run on input embeddings, which finds its groups: {error}"
-        ) from error
+        try:  # some look tokens up more than once
+            run_on(run, input_ids=torch.arange(3, 3 + TOKENS)[None])
+        except Exception:
+            raise ModelError(
+                f"{type(model).__name__} does not run on input embeddings, which finds its groups: {error}"
+            ) from error
     return run
 
 
-def weightless_copy(model: nn.Module, generator: torch.Generator) -> nn.Module:
-    """A copy with random values for every parameter, in next to no memory for those of linears and of the embedding.
+def run_on(run: Recording, **inputs: Tensor) -> None:
+    for found in (run.uses, run.made_up, run.given, run.received, run.outputs):
+        found.clear()
+    run.model(**inputs, use_cache=False)
+
+
+def shared_weights(model: nn.Module) -> set[str]:
+    """Linears that have their weight in common with others, as the blocks of some hybrids do."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name.removesuffix(".weight") for pair in tied.items() for name in pair}
+
+
+def weightless_copy(model: nn.Module, run: Recording) -> nn.Module:
+    """A copy whose weights are stand-ins, and everything else random.
 
     Random, so that a norm weight that training took to zero hides nothing, and that a model without weights gives the
     same graph.
     """
+    stand_in = lambda name, shape, values: Origin(
+        name, shape, run.answer, run.misread.add, values, run.values_of
+    ).stand_in()
     memo = {}
-    heavy = [m for m in model.modules() if linear_dims(m)] + [model.get_input_embeddings()]
-    for tensor in (t for m in heavy for t in (*m.parameters(), *m.buffers())):
-        memo[id(tensor)] = nn.Parameter(repeated(tensor.shape, generator), requires_grad=False)
-    for parameter in model.parameters():
-        if id(parameter) not in memo:
-            large = parameter.numel() > 2**22  # experts stacked in one tensor may be gigabytes
-            values = (repeated if large else random_values)(parameter.shape, generator)
-            memo[id(parameter)] = nn.Parameter(values, requires_grad=not large)
+    for name, module in model.named_modules():
+        if linear_dims(module) and isinstance(getattr(module, "weight", None), Tensor):
+            memo.setdefault(id(module.weight), stand_in(name, module.weight.shape, None))
+    embedding = model.get_input_embeddings().weight
+    memo.setdefault(id(embedding), stand_in(None, embedding.shape, None))
+    for name, parameter in model.named_parameters():
+        if id(parameter) in memo:
+            continue
+        large = parameter.numel() > LARGE
+        values = None if large else nn.Parameter(random_values(parameter.shape, run.generator))
+        if name in run.watched:
+            memo[id(parameter)] = stand_in(name, parameter.shape, values)
+        else:
+            memo[id(parameter)] = (
+                nn.Parameter(repeated(parameter.shape, run.generator), requires_grad=False) if large else values
+            )
     for name, buffer in model.named_buffers():
         if id(buffer) in memo:
             continue
         if buffer.is_meta:
             raise ModelError(f"buffer {name!r} is on the meta device. Build the model with build_skeleton(config).")
-        dtype = torch.float32 if buffer.is_floating_point() else buffer.dtype
-        memo[id(buffer)] = buffer.detach().to("cpu", dtype, copy=True)
+        real = buffer.is_floating_point()
+        copied = buffer.detach().to("cpu", torch.float32 if real else buffer.dtype, copy=True)
+        memo[id(buffer)] = copied.requires_grad_(real and name.startswith(tuple(f"{p}." for p in run.layers)))
     twin = copy.deepcopy(model, memo).eval()
     # the plain ones, whose every step can be differentiated in batches
     twin.config._attn_implementation = twin.config._experts_implementation = "eager"
@@ -110,28 +201,37 @@ def repeated(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return (0.2 * torch.rand(shape[-1:], generator=generator)).expand(shape)
 
 
-def leaf_maker(module: nn.Module, name: str | None, run: Recording):
-    """A forward that ignores its input. The sign of a row flips from token to token, so that no rectifier hides it."""
-    d_out, _ = linear_dims(module)
-
-    def forward(x: Tensor) -> Tensor:
-        if name in run.calls:
-            raise ModelError(f"{name!r} is used more than once in a forward pass, which qpruner cannot prune.")
-        n_tokens = x.shape[:-1].numel()
-        signs = 1.0 - 2.0 * torch.randint(2, (d_out,), generator=run.generator)
-        flips = 1.0 - 2.0 * (torch.arange(n_tokens) % 2)
-        size = 0.1 + 0.2 * torch.rand(n_tokens, d_out, generator=run.generator)
-        leaf = (size * signs * flips[:, None]).view(*x.shape[:-1], d_out).requires_grad_()
-        if name is not None:
-            run.calls[name] = (x, leaf)
-        return leaf.clone()  # in-place code may follow
-
-    return forward
+def fresh_leaf(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Random values of many tokens. The sign of a row flips from token to token, so that no rectifier hides it."""
+    *tokens, d_out = shape
+    n_tokens = torch.Size(tokens).numel()
+    signs = 1.0 - 2.0 * torch.randint(2, (d_out,), generator=generator)
+    if n_tokens == 1:
+        signs = signs.abs()  # of an expert with a single token; what rectifies passes on what is positive
+    flips = 1.0 - 2.0 * (torch.arange(n_tokens) % 2)
+    size = 0.1 + 0.2 * torch.rand(n_tokens, d_out, generator=generator)
+    return (size * signs * flips[:, None]).view(shape).requires_grad_()
 
 
-def detach_inputs(_, args, kwargs):
-    cut = lambda value: value.detach() if isinstance(value, Tensor) else value
-    return tuple(map(cut, args)), {key: cut(value) for key, value in kwargs.items()}
+def starts_afresh(run: Recording, layer: str):
+    """A forward pre-hook that gives a decoder layer fresh leaves for its hidden states and what else has its tokens."""
+
+    def hook(_, args, kwargs):
+        named = dict(enumerate(args)) | kwargs
+        given = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+        states = given.get("hidden_states", next(iter(given.values())))
+        run.received.append([v for v in given.values() if v.requires_grad and v is not states])
+        leaves = run.given.setdefault(layer, {})
+        for name, value in given.items():
+            named[name] = value.detach()
+            by_token = value.dim() == 3 and value.shape[1] == states.shape[-2]
+            if value is states or (by_token and value.is_floating_point()):
+                key = HIDDEN_STATES if value is states else str(name)
+                leaves[key] = value.detach().clone().requires_grad_()
+                named[name] = leaves[key].clone()
+        return tuple(named.pop(i) for i in range(len(args))), named
+
+    return hook
 
 
 def hidden_states(output) -> Tensor:
@@ -139,22 +239,45 @@ def hidden_states(output) -> Tensor:
     return output[0] if isinstance(output, tuple | list) else output
 
 
-def escaping(run: Recording) -> set[str]:
-    """Linears with a row that escapes their layer; they produce no group."""
-    owner = {name: layer for layer in run.layers for name in run.inside(layer)}
-    found = reached_leaves(run, run.outputs)
-    for layer in run.layers:
-        inputs = [x for x, _ in run.inside(layer).values()]
-        found |= {name for name in reached_leaves(run, inputs) if owner[name] != layer}
-    return found
+@dataclass(frozen=True)
+class Escapes:
+    """names: linears with a row that leaves its layer other than through a linear of it; they produce no group.
+
+    into: for every layer, the linears of others that those of it depend on. exchanges: as in `Graph`.
+    """
+
+    names: set[str]
+    into: dict[str, set[str]]
+    exchanges: tuple[str, ...]
 
 
-def reached_leaves(run: Recording, tensors: Iterable[Tensor]) -> set[str]:
-    leaves = {name: leaf for name, (_, leaf) in run.calls.items()}
-    return set(reached(tensors, leaves, run.generator))
+def escapes_of(run: Recording) -> Escapes:
+    owner = {name: layer for layer in run.layers for name in run.of(layer)}
+    leaves = {(name, i): leaf for name, use in run.uses.items() for i, (_, leaf) in enumerate(use.all_calls)}
+    reached_by = lambda tensors: {name for name, _ in reached(tensors, leaves, run.generator)}
+    names = reached_by(run.outputs)
+    into, exchanges = {}, []
+    for layer, received in zip(run.layers, run.received, strict=False):
+        inputs = [x for use in run.of(layer).values() for x, _ in use.all_calls]
+        into[layer] = {name for name in reached_by([*inputs, *received]) if owner[name] != layer}
+        names |= into[layer]
+        if into[layer]:
+            others = sorted({run.layers.index(owner[name]) for name in into[layer]})
+            exchanges.append(
+                f"decoder layer {run.layers.index(layer)} reads more of layer {spans(others)} than hidden states"
+            )
+    unclear = [x for name, use in run.uses.items() if not run.separable(name) for x, _ in use.all_calls]
+    return Escapes(names | reached_by(unclear), into, tuple(exchanges))
 
 
-def reached(tensors: Iterable[Tensor], targets: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+def spans(numbers: list[int]) -> str:
+    """0-3, 7"""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+
+
+def reached(tensors: Iterable[Tensor], targets: dict, generator: torch.Generator) -> dict:
     """The targets that any of the tensors depends on, with the gradient of a random combination of them.
 
     A random combination cancels with probability zero.
@@ -163,7 +286,10 @@ def reached(tensors: Iterable[Tensor], targets: dict[str, Tensor], generator: to
     if not tensors or not targets:
         return {}
     weights = [torch.randn(t.shape, generator=generator) for t in tensors]
-    grads = torch.autograd.grad(tensors, list(targets.values()), weights, retain_graph=True, allow_unused=True)
+    try:
+        grads = torch.autograd.grad(tensors, list(targets.values()), weights, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:  # raised by a derivative of the model's own
+        raise ModelError(f"the model cannot be differentiated, which finds its groups: {error}") from error
     found = {name: g for name, g in zip(targets, grads, strict=True) if g is not None and finite(g).any()}
     return found
 
@@ -199,6 +325,19 @@ def touched(
         weights = combination * members.view(-1, *[1] * (x.dim() - 1), x.shape[-1])
         grads = torch.autograd.grad(x, list(targets.values()), weights, retain_graph=True, is_grads_batched=True)
         yield first, [finite(g).ne(0) for g in grads]
+
+
+def columns_reading(x: Tensor, leaves: dict[str, Tensor], row: int, generator: torch.Generator) -> Tensor:
+    """Which columns of x depend on one row, numbered through all leaves: a derivative of a derivative."""
+    for leaf in leaves.values():
+        if row < leaf.shape[-1]:
+            break
+        row -= leaf.shape[-1]
+    weights = torch.randn(x.shape, generator=generator).requires_grad_()
+    (gradient,) = torch.autograd.grad(x, leaf, weights, create_graph=True)
+    mixed = (gradient[..., row] * torch.randn(gradient.shape[:-1], generator=generator)).sum()
+    (by_column,) = torch.autograd.grad(mixed, weights, retain_graph=True)
+    return finite(by_column).flatten(0, -2).ne(0).any(0)
 
 
 def over_tokens(dependence: Tensor) -> Tensor:

@@ -4,14 +4,19 @@ Nothing here knows a model family: decoder layers are found by their number, lin
 """
 
 import copy
+from math import prod
 
+import torch
 from accelerate import init_empty_weights
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from qpruner.errors import ModelError
 from qpruner.model.graph import LinearSite
+
+LARGE = 2**22  # elements; buffers are smaller, but for masks, which are not made by torch.empty
 
 
 def build_skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> nn.Module:
@@ -23,20 +28,35 @@ def build_skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False)
     from transformers import AutoModelForCausalLM  # its import registers our loader, which imports this module
 
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), LargeOnMeta():
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise ModelError(f"{config.model_type!r} cannot be built as a causal language model: {error}") from error
     return model.eval()
 
 
+class LargeOnMeta(TorchFunctionMode):
+    """Never allocates a large parameter, not even for a moment: a stack of experts may not fit in memory."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.empty and "device" not in kwargs and "size" not in kwargs:
+            shape = args[0] if len(args) == 1 and not isinstance(args[0], int) else args
+            if prod(shape) > LARGE:
+                kwargs = kwargs | {"device": "meta"}
+        return func(*args, **kwargs)
+
+
 def decoder_layers(model: nn.Module) -> tuple[str, ...]:
     """Module paths of the decoder layers, in order: the children of the list that has one entry per hidden layer."""
-    expected = model.config.get_text_config(decoder=True).num_hidden_layers
+    config = model.config.get_text_config(decoder=True)
+    expected = config.num_hidden_layers
+    # where each decoder layer counts as two, because it has two attentions, num_layers says how many there are
+    counts = {expected, getattr(config, "num_layers", expected)}
     lists = {
         name: sum(linear_dims(m) is not None for m in module.modules())
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == expected
+        if isinstance(module, nn.ModuleList) and len(module) in counts
     }
     if not lists or not max(lists.values()):
         raise ModelError(
@@ -44,7 +64,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, ...]:
             "qpruner needs a decoder language model that keeps its layers in one nn.ModuleList."
         )
     path = max(lists, key=lists.get)  # lists of norms or caches hold no linears; an enclosing list comes first
-    return tuple(f"{path}.{i}" for i in range(expected))
+    return tuple(f"{path}.{i}" for i in range(len(model.get_submodule(path))))
 
 
 def linear_dims(module: nn.Module) -> tuple[int, int] | None:
@@ -52,7 +72,8 @@ def linear_dims(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, Conv1D):
         return module.nf, module.nx
     dims = getattr(module, "out_features", None), getattr(module, "in_features", None)
-    return dims if all(isinstance(d, int) for d in dims) else None
+    weight = getattr(module, "weight", None)
+    return dims if all(isinstance(d, int) for d in dims) and (weight is None or weight.shape == dims) else None
 
 
 def linear_sites(model: nn.Module) -> dict[str, LinearSite]:

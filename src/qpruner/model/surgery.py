@@ -5,14 +5,14 @@ arguments that carry a value per head.
 """
 
 from collections.abc import Mapping, Sequence
-from inspect import signature, unwrap
+from inspect import isfunction, signature, unwrap
 
 import torch
 from torch import Tensor, nn
 
 from qpruner.errors import ModelError
 from qpruner.model.check import check_kept
-from qpruner.model.graph import Graph, Group, LinearSite
+from qpruner.model.graph import Graph, Group, LinearSite, Stack
 from qpruner.model.skeleton import linear_dims
 
 # Attributes of a module that calls a cut linear, and fields of its configuration, that its forward reads as counts.
@@ -30,8 +30,8 @@ COUNTS = {
     ),
     "channel": ("intermediate_size", "ffn_dim", "n_inner"),
 }
-# Attributes of an attention that are the width of all its heads together, if its forward reads them and they equal it.
-HEADS_WIDTHS = ("hidden_size", "embed_dim", "inner_dim")
+# Attributes of an attention that are the width of all its heads together, if its code reads them and they equal it.
+HEADS_WIDTHS = ("hidden_size", "embed_dim", "inner_dim", "all_head_size", "attn_dim", "kv_projection_size")
 HEAD_KINDS = ("kv_group", "query_head")
 QUERY_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 
@@ -56,53 +56,99 @@ def narrow_(model: nn.Module, graph: Graph, kept: Mapping[str, Sequence[int]]) -
     modules = dict(model.named_modules())
     cuts = remaining(graph, kept)
     for name in cuts:
-        _check_whole(modules.get(name), graph.linears[name])
+        if name in graph.linears:
+            _check_whole(modules.get(name), graph.linears[name])
+        else:
+            _check_whole_stack(model, graph.stacks[name])
     for group in graph.groups.values():
         if len(kept[group.name]) < group.n_units:
-            for path in dict.fromkeys(name.rpartition(".")[0] for name in (*group.producers, *group.consumers)):
+            for path in modules_of(group):
                 _keep_head_values_(modules[path], group, kept[group.name])
                 _recount_(modules[path], group, len(kept[group.name]))
         for name in group.consumers.keys() & cuts.keys() if group.kind in HEAD_KINDS else ():
-            _, columns = cuts[name]
-            _heads_width_(modules[name.rpartition(".")[0]], graph.linears[name].d_in, len(columns))
+            site = graph.linears.get(name) or graph.stacks[name]
+            left = len(cuts[name][1]) // _matrices(site)
+            for path in modules_of(group):
+                _heads_width_(modules[path], site.d_in, left)
     _cut_(model, graph, cuts_of(graph, kept))
 
 
+def modules_of(group: Group) -> list[str]:
+    """Paths of the modules that call the linears of a group: those that hold one, up to the one that holds all."""
+    found = {}
+    for name in (*group.producers, *group.consumers, *group.tensors):
+        path = name.rpartition(".")[0]
+        found[path] = None
+        while len(path) > len(group.module) > 0:
+            path = path.rpartition(".")[0]
+            found[path] = None
+    return list(found)
+
+
 def remaining(graph: Graph, kept: Mapping[str, Sequence[int]]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Rows and columns that stay, ascending, of every linear that loses some."""
+    """Rows and columns that stay, ascending, of every linear and every stack that loses some."""
     rows, columns = {}, {}
+    sites = graph.linears | graph.stacks
+    size = {name: (_matrices(site) * site.d_out, _matrices(site) * site.d_in) for name, site in sites.items()}
     for group in graph.groups.values():
         gone = torch.ones(group.n_units, dtype=torch.bool)
         gone[list(kept[group.name])] = False
         if gone.any():
-            for stay, side in ((rows, group.producers), (columns, group.consumers)):
-                for name, table in side.items():
-                    site = graph.linears[name]
-                    size = site.d_out if stay is rows else site.d_in
-                    stay.setdefault(name, torch.ones(size, dtype=torch.bool))[table[gone]] = False
-    where = lambda stay, name, size: stay[name].nonzero().flatten() if name in stay else torch.arange(size)
+            for side, (stay, tables) in enumerate(((rows, group.producers), (columns, group.consumers))):
+                for name, table in tables.items():
+                    stay.setdefault(name, torch.ones(size[name][side], dtype=torch.bool))[table[gone]] = False
+    where = lambda stay, name, n: stay[name].nonzero().flatten() if name in stay else torch.arange(n)
     return {
-        name: (where(rows, name, site.d_out), where(columns, name, site.d_in))
-        for name, site in graph.linears.items()
+        name: (where(rows, name, size[name][0]), where(columns, name, size[name][1]))
+        for name in sites
         if name in rows or name in columns
     }
 
 
+def _matrices(site: LinearSite | Stack) -> int:
+    return site.n_experts if isinstance(site, Stack) else 1
+
+
 def cuts_of(graph: Graph, kept: Mapping[str, Sequence[int]]) -> dict[str, tuple[tuple[int, Tensor], ...]]:
-    """For every tensor that loses something: the dimensions and, ascending, the indices along them that stay."""
+    """For every tensor that loses something: the dimensions and, ascending, the indices along them that stay.
+
+    Of a stack each expert has its own: the indices then are (n_experts, n), one row for each slice of dimension 0.
+    """
     cuts = {}
     for name, (rows, columns) in remaining(graph, kept).items():
-        site = graph.linears[name]
-        cuts[f"{name}.weight"] = ((1, rows), (0, columns)) if site.transposed else ((0, rows), (1, columns))
-        if site.bias:
-            cuts[f"{name}.bias"] = ((0, rows),)
+        site = graph.linears.get(name) or graph.stacks[name]
+        first = 0
+        if isinstance(site, Stack):
+            experts, first = torch.arange(site.n_experts)[:, None], 1
+            rows = rows.view(site.n_experts, -1) - experts * site.d_out
+            columns = columns.view(site.n_experts, -1) - experts * site.d_in
+        weight, bias = names_of(site)
+        dims = (1, 0) if site.transposed else (0, 1)
+        cuts[weight] = ((first + dims[0], rows), (first + dims[1], columns))
+        if bias:
+            cuts[bias] = ((first, rows),)
+    for group in graph.groups.values():
+        if len(kept[group.name]) < group.n_units:
+            for name, (dim, table) in group.tensors.items():
+                cuts[name] = ((dim, table[list(kept[group.name])].flatten().sort()[0]),)
     return cuts
+
+
+def names_of(site: LinearSite | Stack) -> tuple[str, str | None]:
+    """Of the parameters of a linear or a stack."""
+    if isinstance(site, Stack):
+        return site.name, site.bias
+    return f"{site.name}.weight", f"{site.name}.bias" if site.bias else None
 
 
 def cut_tensor(tensor: Tensor, cuts: Sequence[tuple[int, Tensor]]) -> Tensor:
     for dim, index in cuts:
-        if len(index) < tensor.shape[dim]:
-            tensor = tensor.index_select(dim, index.to(tensor.device))
+        if index.shape[-1] < tensor.shape[dim]:
+            index = index.to(tensor.device)
+            if index.dim() == 1:
+                tensor = tensor.index_select(dim, index)
+            else:
+                tensor = torch.stack([t.index_select(dim - 1, i) for t, i in zip(tensor, index, strict=True)])
     return tensor
 
 
@@ -116,13 +162,26 @@ def _check_whole(module: nn.Module | None, site: LinearSite) -> None:
         )
 
 
+def _check_whole_stack(model: nn.Module, stack: Stack) -> None:
+    found = tuple(dict(model.named_parameters())[stack.name].shape)
+    expected = (stack.n_experts, *((stack.d_in, stack.d_out) if stack.transposed else (stack.d_out, stack.d_in)))
+    if found != expected:
+        raise ModelError(
+            f"{stack.name!r} is of shape {found}, in the graph of {expected}. Cut a model once, by the graph that was "
+            "discovered on it."
+        )
+
+
 def _cut_(model: nn.Module, graph: Graph, cuts: Mapping[str, Sequence[tuple[int, Tensor]]]) -> None:
     for name, dims in cuts.items():
         path, _, attribute = name.rpartition(".")
-        module, whole = model.get_submodule(path), model.get_parameter(name)
-        cut = cut_tensor(whole.data, dims)
-        if cut is not whole.data:
-            setattr(module, attribute, nn.Parameter(cut, requires_grad=whole.requires_grad))
+        module = model.get_submodule(path)
+        whole = getattr(module, attribute)
+        data = whole.data
+        cut = cut_tensor(data, dims)
+        if cut is not data:
+            parameter = isinstance(whole, nn.Parameter)  # else it is a table that the model keeps, such as of slopes
+            setattr(module, attribute, nn.Parameter(cut, requires_grad=whole.requires_grad) if parameter else cut)
     for name in {name.rpartition(".")[0] for name in cuts} & graph.linears.keys():
         module, site = model.get_submodule(name), graph.linears[name]
         first, second = module.weight.shape
@@ -134,28 +193,30 @@ def _cut_(model: nn.Module, graph: Graph, cuts: Mapping[str, Sequence[tuple[int,
 
 def _recount_(module: nn.Module, group: Group, n_kept: int) -> None:
     """Lets counts follow, on a module and in the view that it gets of its configuration."""
-    names = COUNTS[group.kind]
+    by_block = group.n_blocks if group.kind == "channel" else 1
+    n_units, n_kept = group.n_units // by_block, n_kept // by_block
     for name, value in _counting(vars(module), group).items():
-        if value % group.n_units:
-            raise ModelError(f"{group.name!r} has {group.n_units} units, which do not divide its {name} of {value}.")
-        setattr(module, name, value // group.n_units * n_kept)
+        if value % n_units:
+            raise ModelError(f"{group.name!r} has {n_units} units, which do not divide its {name} of {value}.")
+        setattr(module, name, value // n_units * n_kept)
     if config := vars(module).get("config"):
-        fields = _counting({name: getattr(config, name, None) for name in names}, group)
+        fields = _counting({name: getattr(config, name, None) for name in COUNTS[group.kind]}, group)
         # a field that the units do not divide counts something else, or nothing that this model reads
-        counts = {name: v // group.n_units * n_kept for name, v in fields.items() if v % group.n_units == 0}
+        counts = {name: v // n_units * n_kept for name, v in fields.items() if v % n_units == 0}
         module.config = LayerConfig(config, counts)
 
 
 def _counting(values: Mapping, group: Group) -> dict[str, int]:
     counts = {name: values[name] for name in COUNTS[group.kind] if isinstance(values.get(name), int)}
     if group.kind == "channel":  # a module may hold other widths too, those of experts for example
-        return {name: value for name, value in counts.items() if value == group.n_units}
+        return {name: value for name, value in counts.items() if value * group.n_blocks == group.n_units}
     return counts
 
 
 def _heads_width_(module: nn.Module, whole: int, left: int) -> None:
-    """Lets the width of all heads together follow, from so many columns to so many, where the forward reads it."""
-    read = unwrap(type(module).forward).__code__.co_names
+    """Lets the width of all heads together follow, from so many columns to so many, where the module's code reads it."""
+    functions = [unwrap(f) for name, f in vars(type(module)).items() if isfunction(f) and name != "__init__"]
+    read = {name for function in functions for name in function.__code__.co_names}
     for name in HEADS_WIDTHS:
         if name in read and vars(module).get(name) == whole:
             setattr(module, name, left)
@@ -198,14 +259,16 @@ class KeptHeads:
         self.n_heads, self.heads = n_heads, heads
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        given = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
-        surely = given.keys() & set(PER_HEAD_ARGUMENTS)
-        perhaps = given.keys() & set(PERHAPS_PER_HEAD_ARGUMENTS)
-        names = surely | {n for n in perhaps if given[n].dim() > 2 and given[n].shape[-3] == self.n_heads}
-        return args, kwargs | {name: self.keep(given[name]) for name in names}
+        names = list(signature(module.forward).parameters)
+        kept = [self.keep(name, value) for name, value in zip(names, args, strict=False)]
+        return (*kept, *args[len(kept) :]), {name: self.keep(name, value) for name, value in kwargs.items()}
 
-    def keep(self, values: Tensor) -> Tensor:
+    def keep(self, name: str, values):
+        if not isinstance(values, Tensor) or name not in (*PER_HEAD_ARGUMENTS, *PERHAPS_PER_HEAD_ARGUMENTS):
+            return values
         heads = self.heads.to(values.device)
         if values.dim() == 4:
             return values[:, heads] if values.shape[1] == self.n_heads else values
+        if name in PERHAPS_PER_HEAD_ARGUMENTS:
+            return values
         return values.unflatten(0, (-1, self.n_heads))[:, heads].flatten(0, 1)
