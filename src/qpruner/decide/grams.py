@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from qpruner.math.gram import add_gram_
 from qpruner.model.graph import Graph
 from qpruner.model.scratch import Scratch
-from qpruner.model.stream import OnLayer, Results, Stream
+from qpruner.model.stream import OnLayer, Results
+from qpruner.model.whole import Streamable
 
 
 def measure_grams(
-    stream: Stream,
+    stream: Streamable,
     graph: Graph,
     linears: Iterable[str],
     windows: Tensor,

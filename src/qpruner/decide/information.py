@@ -17,7 +17,8 @@ from qpruner.math import information as mi
 from qpruner.model.graph import Graph
 from qpruner.model.scratch import Scratch
 from qpruner.model.stage import bare
-from qpruner.model.stream import OnLayer, Stream, Watch
+from qpruner.model.stream import OnLayer, Watch
+from qpruner.model.whole import Streamable
 
 RANK = 64  # principal directions of an output that the Gaussian estimator sees
 BINNED_RANK = 8  # coordinates that are binned one by one
@@ -69,7 +70,7 @@ class _Outputs:
         return torch.cat(self._rows)
 
 
-def outputs_watch(stream: Stream, units: tuple[BitUnit, ...], rank: int, positions: list[Tensor]) -> Watch:
+def outputs_watch(stream: Streamable, units: tuple[BitUnit, ...], rank: int, positions: list[Tensor]) -> Watch:
     @contextmanager
     def watch(layer: int) -> Iterator[Callable[[], dict[str, Tensor]]]:
         inside = [unit for unit in units if unit.layer == layer]
@@ -101,7 +102,7 @@ def outputs_watch(stream: Stream, units: tuple[BitUnit, ...], rank: int, positio
 
 
 def measure_information(
-    stream: Stream,
+    stream: Streamable,
     units: tuple[BitUnit, ...],
     windows: Tensor,
     *,

@@ -20,13 +20,15 @@ from qpruner.math import taylor
 from qpruner.math.grids import tiles
 from qpruner.model.graph import Graph, LinearSite, Stack
 from qpruner.model.scratch import Scratch
-from qpruner.model.stream import OnLayer, Results, Stream, Watch
+from qpruner.model.stream import OnLayer, Results, Watch
+from qpruner.model.surgery import names_of
+from qpruner.model.whole import Streamable
 
 BATCH_TOKENS = 1024
 
 UnitScores = dict[str, Tensor]  # group -> (n_units,) float32, higher = keep
 Saliences = dict[tuple[str, int], Tensor]  # linear or stack, dim -> one value per row (dim 1) or column (dim 0)
-Scorer = Callable[[Stream, Graph, Tensor, torch.Generator, Scratch, OnLayer | None], UnitScores]
+Scorer = Callable[[Streamable, Graph, Tensor, torch.Generator, Scratch, OnLayer | None], UnitScores]
 
 
 def per_unit(graph: Graph, saliences: Mapping[tuple[str, int], Tensor]) -> UnitScores:
@@ -59,10 +61,6 @@ def matrices_of(site: LinearSite | Stack) -> list[Matrix]:
     return [Matrix(site.name, expert, site.transposed) for expert in experts]
 
 
-def parameter_name(site: LinearSite | Stack) -> str:
-    return site.name if isinstance(site, Stack) else f"{site.name}.weight"
-
-
 def sites_of(graph: Graph, layer: int) -> list[LinearSite | Stack]:
     return [site for site in (*graph.linears.values(), *graph.stacks.values()) if site.layer == layer]
 
@@ -74,14 +72,14 @@ class Sums:
     """For saliences that are linear in what one window adds: one number per column, and one per row."""
 
     def __init__(self, contribution: Callable[..., Tensor]):
-        self._contribution, self._sums = contribution, {0: 0.0, 1: 0.0}
+        self._contribution, self._sums = contribution, {}
 
     def add(self, W: Tensor, g: Tensor, n_windows: int) -> None:
-        for dim in self._sums:
-            self._sums[dim] = self._sums[dim] + self._contribution(W, g, dim=dim) / n_windows
+        for dim in (0, 1):
+            self._sums[dim] = self._sums.get(dim, 0.0) + self._contribution(W, g, dim=dim) / n_windows
 
     def saliences(self, W: Tensor) -> tuple[Tensor, Tensor]:
-        return self._sums[0].abs(), self._sums[1].abs()
+        return (self._sums[0].abs(), self._sums[1].abs()) if self._sums else nothing(W)
 
 
 class Means:
@@ -101,6 +99,8 @@ class Means:
                 self._F[rows].addcmul_(wide, wide, value=1 / n_windows)
 
     def saliences(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        if self._G is None:
+            return nothing(W)
         columns, by_row = 0.0, []
         for rows in tiles(*W.shape):
             part = W[rows], self._G[rows], self._F[rows] if self._fisher else None
@@ -109,8 +109,13 @@ class Means:
         return columns, torch.cat(by_row)
 
 
+def nothing(W: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a weight that no window reached."""
+    return torch.zeros(W.shape[1], device=W.device), torch.zeros(W.shape[0], device=W.device)
+
+
 def gradient_watch(
-    stream: Stream,
+    stream: Streamable,
     sites_in: Callable[[int], list[LinearSite | Stack]],
     n_windows: int,
     start: Callable[[], Sums | Means],
@@ -120,7 +125,7 @@ def gradient_watch(
     @contextmanager
     def watch(layer: int) -> Iterator[Callable[[], dict[str, Tensor]]]:
         sites = sites_in(layer)
-        weights = {site.name: stream.model.get_parameter(parameter_name(site)) for site in sites}
+        weights = {site.name: stream.model.get_parameter(names_of(site)[0]) for site in sites}
         sums = {matrix: start() for site in sites for matrix in matrices_of(site)}
 
         def hook_for(site: LinearSite | Stack):
@@ -151,20 +156,21 @@ def gradient_watch(
     return watch
 
 
-def activation_watch(stream: Stream, graph: Graph, n_windows: int) -> Watch:
+def activation_watch(stream: Streamable, graph: Graph, n_windows: int) -> Watch:
     """The first order of linears without a weight gradient: from inputs, outputs, and the gradients of these."""
 
     @contextmanager
     def watch(layer: int) -> Iterator[Callable[[], dict[str, Tensor]]]:
-        names = [site.name for site in sites_of(graph, layer) if isinstance(site, LinearSite)]
-        sums: dict[str, Tensor | float] = {key_of(name, dim): 0.0 for name in names for dim in (0, 1)}
+        sites = [site for site in sites_of(graph, layer) if isinstance(site, LinearSite)]
+        names = [site.name for site in sites]
+        sums = {key_of(s.name, dim): torch.zeros(n) for s in sites for dim, n in enumerate((s.d_in, s.d_out))}
 
         def multiply(key: str, value: Tensor, of: Tensor) -> None:
             """Adds `value` times the gradient of `of`, once that is there."""
 
             def hook(gradient: Tensor) -> None:
                 product = taylor.first_order_of_activations(value.flatten(0, -2), gradient.flatten(0, -2))
-                sums[key] = sums[key] + product / n_windows
+                sums[key] = sums[key].to(product) + product / n_windows
 
             of.register_hook(hook)
 
@@ -244,7 +250,7 @@ def magnitude(stream, graph, windows, generator, scratch, on_layer) -> UnitScore
     saliences = {}
     for layer, _ in stream.layers():
         for site in sites_of(graph, layer):
-            W = stream.model.get_parameter(parameter_name(site)).detach()
+            W = stream.model.get_parameter(names_of(site)[0]).detach()
             for dim in (0, 1):
                 parts = [matrix.of(W).double().square().sum(dim) for matrix in matrices_of(site)]
                 saliences[site.name, dim] = torch.cat(parts)

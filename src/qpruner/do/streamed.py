@@ -11,7 +11,7 @@ from qpruner.model.checkpoint import TORCH_DTYPES
 from qpruner.model.cost import TensorSpec
 from qpruner.model.graph import Graph
 from qpruner.model.scratch import Scratch
-from qpruner.model.stream import Stream
+from qpruner.model.whole import Streamable
 from qpruner.plan import Plan
 
 
@@ -23,7 +23,7 @@ class LayerByLayer:
     """
 
     def __init__(
-        self, stream: Stream, graph: Graph, plan: Plan, expected: Mapping[str, TensorSpec], scratch: Scratch
+        self, stream: Streamable, graph: Graph, plan: Plan, expected: Mapping[str, TensorSpec], scratch: Scratch
     ) -> None:
         self._stream, self._graph, self._plan, self._expected = stream, graph, plan, expected
         self._scratch = scratch

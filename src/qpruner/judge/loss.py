@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from qpruner.errors import CorpusError
 from qpruner.model.corpus import Windows
 from qpruner.model.scratch import Scratch
-from qpruner.model.stream import OnLayer, Stream, batches
+from qpruner.model.stream import OnLayer, batches
+from qpruner.model.whole import Streamable
 
 CHUNK_ELEMENTS = 1 << 24  # float32 logits that are turned into probabilities at a time
 
@@ -28,7 +29,7 @@ Progress = Callable[[int, int], None]  # windows done, windows in all
 class Streamed:
     """A model that is judged layer by layer, and where its hidden states may lie meanwhile."""
 
-    stream: Stream
+    stream: Streamable
     scratch: Scratch
     on_layer: OnLayer | None = None
 
