@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--score", default="element-first")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--json", action="store_true", help="last, everything measured in one line of JSON")
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--only", choices=["job", "arithmetic"], help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -193,6 +194,8 @@ def main() -> None:
         f"peak {gib['peak']} GiB, {gib['promised']} predicted, {gib['at_rest']} before any weight was read\n"
         f"{found['parameters']:,} parameters left, {found['artifact_bytes']:,} bytes"
     )
+    if args.json:
+        print(json.dumps(found | {"arithmetic_s": bare}))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,19 @@ import torch
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--run-large", action="store_true", help="also tests of full-size models: many minutes, 30 GB of disk"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--run-large"):
+        for item in items:
+            if "large" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="full size; give --run-large"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread_per_worker():
     """Two test workers on two cores: more threads than cores cost several times the work itself."""
