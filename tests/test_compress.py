@@ -258,7 +258,7 @@ STREAMABLE = ["qpruner[{},allocation=mutual-information,steps=0]", "llm-pruner[{
 def test_layer_by_layer_ends_in_the_same_bytes(model, tmp_path, one_layer_at_a_time, monkeypatch, recipe):
     made = compress(model, tmp_path / "streamed", budget="80%", recipe=recipe)
     assert made.facts.memory.layer_by_layer
-    assert not list((tmp_path / "streamed.run" / "passes").iterdir()), "nothing is left of the passes"
+    assert not (tmp_path / "streamed.run" / "passes").exists(), "nothing is left of the passes"
     monkeypatch.undo()
     whole = compress(model, tmp_path / "whole", budget="80%", recipe=recipe)
     assert not whole.facts.memory.layer_by_layer

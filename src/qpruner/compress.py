@@ -99,6 +99,7 @@ class Compression:
         on_disk = save.weight_bytes(folder)
         assert on_disk == size.total, f"{on_disk} bytes on disk, {size.total} predicted"
         artifact = self._judge_artifact(folder)
+        shutil.rmtree(self._passes, ignore_errors=True)  # with what earlier requests may have left unfinished
         return decided, Measured(original, artifact, done.loss_curve, done.search_loss, done.errors, size, on_disk)
 
     def _in_memory(self, scores, kept: dict, information: list[dict]) -> tuple[Decided, "Done"]:
@@ -151,14 +152,17 @@ class Compression:
     def _stored_dtype(self) -> torch.dtype:
         return load.stored_dtype(self.shape.source)
 
+    @property
+    def _passes(self) -> Path:
+        return self.run.folder / "passes"
+
     @contextmanager
     def _scratch(self, stage: str, inputs: dict) -> Iterator[Scratch]:
         """For one stage with these inputs; what an interrupted run left of it is found there again."""
         if self.prepared.forecast.resident:
             yield Scratch()
             return
-        folder = self.run.folder / "passes" / f"{stage}-{digest_of(inputs)[:16]}".replace(" ", "-")
-        scratch = Scratch(folder)
+        scratch = Scratch(self._passes / f"{stage}-{digest_of(inputs)[:16]}")
         yield scratch
         scratch.clear()
 

@@ -251,6 +251,7 @@ def work_for(shape: Shape, recipe: Recipe, counts: widths.Counts, window: int) -
         calibration=(recipe.calibration_windows, window),
         score_tokens=max(window, BATCH_TOKENS),
         judged=(evaluation_batch(window, shape.vocabulary), window),
+        judged_windows=recipe.evaluation_windows,
         vocabulary=shape.vocabulary,
         dtype=getattr(torch, recipe.precision),
         quantizes=recipe.bits[0] < 16,
@@ -301,7 +302,7 @@ def check_output(prepared: Prepared) -> None:
     parent = next(p for p in output.absolute().parents if p.exists())
     free = shutil.disk_usage(parent).free
     # The artifact is written beside its final place, and the run keeps scores and adapters: less than as much again.
-    needed = 2 * prepared.limit_bytes
+    needed = 2 * prepared.limit_bytes + prepared.forecast.disk
     if free < needed:
         raise OutputError(
             f"{parent} has {free:,} bytes free; this run may write {needed:,}. Make room, or name another place."

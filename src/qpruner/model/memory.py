@@ -36,6 +36,7 @@ class Work:
     calibration: tuple[int, int]  # windows, tokens in each
     score_tokens: int  # that go through a layer at once while scores are measured
     judged: tuple[int, int]  # windows in a batch, tokens in each
+    judged_windows: int  # in all
     vocabulary: int
     dtype: torch.dtype
     quantizes: bool
@@ -46,11 +47,15 @@ class Work:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Peak bytes of the process in each stage. resident: every layer stays in memory once it was read."""
+    """Peak bytes of the process in each stage. resident: every layer stays in memory once it was read.
+
+    disk: bytes of hidden states that lie on disk at the same time, where layers do not stay.
+    """
 
     stages: dict[str, int]
     resident: bool
     limit: int
+    disk: int = 0
 
     def __str__(self) -> str:
         stage, most = max(self.stages.items(), key=lambda item: item[1])
@@ -95,7 +100,10 @@ def forecast(sizes: Sizes, work: Work, hidden_size: int, *, limit: int | None = 
             f"{stage} takes about {needed / 2**30:.2f} GiB, and {limit / 2**30:.2f} GiB are allowed. Raise the limit, "
             f"or {LESS.get(stage, 'use shorter windows')}."
         )
-    return Forecast(streamed, False, limit)
+    item = work.dtype.itemsize
+    back = math.prod(work.calibration) * hidden_size * item * (sizes.n_layers + 3)
+    there = work.judged_windows * work.judged[1] * hidden_size * item * 4  # two of either model, for the divergence
+    return Forecast(streamed, False, limit, disk=max(back, there))
 
 
 WHOLE = "search and recovery"
