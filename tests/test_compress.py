@@ -283,7 +283,7 @@ def test_a_killed_pass_goes_on_at_the_layer_where_it_stopped(model, tmp_path, on
 
 
 def test_a_limit_that_cannot_be_kept_is_refused_with_numbers(model, tmp_path):
-    with pytest.raises(MemoryLimitError, match=r"information takes about [\d.]+ GiB, and 0.05 GiB are allowed"):
+    with pytest.raises(MemoryLimitError, match=r"takes about [\d.]+ GiB, and 0.05 GiB are allowed"):
         compress(model, tmp_path / "out", recipe=STREAMABLE[0].format(QUICK), memory_limit="50MiB")
     with pytest.raises(BudgetError, match="memory limit '50%' is no size"):
         compress(model, tmp_path / "out", memory_limit="50%")

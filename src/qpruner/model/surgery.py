@@ -214,7 +214,7 @@ def _counting(values: Mapping, group: Group) -> dict[str, int]:
 
 
 def _heads_width_(module: nn.Module, whole: int, left: int) -> None:
-    """Lets the width of all heads together follow, from so many columns to so many, where the module's code reads it."""
+    """Lets the width of all heads follow, from so many columns to so many, where the code of the module reads it."""
     functions = [unwrap(f) for name, f in vars(type(module)).items() if isfunction(f) and name != "__init__"]
     read = {name for function in functions for name in function.__code__.co_names}
     for name in HEADS_WIDTHS:
