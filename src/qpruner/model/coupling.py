@@ -276,7 +276,7 @@ def own_slices(
             owners[name] = owner
     found = {name: slices(owner) for name, owner in owners.items() if (owner >= 0).any()}
     blocking += [name for name, cut in found.items() if not cut or name in around.fixed]
-    return {name: cut for name, cut in found.items() if name not in blocking}, list(dict.fromkeys(blocking))
+    return {name: cut for name, cut in found.items() if name not in blocking}, sorted(set(blocking))
 
 
 def slices(owner: Tensor) -> tuple[int, Tensor] | None:

@@ -214,7 +214,7 @@ def _counting(values: Mapping, group: Group) -> dict[str, int]:
 
 
 def _heads_width_(module: nn.Module, whole: int, left: int) -> None:
-    """Lets the width of all heads follow, from so many columns to so many, where the code of the module reads it."""
+    """Lets the width of all heads together follow, from so many columns to so many, where the module reads it."""
     functions = [unwrap(f) for name, f in vars(type(module)).items() if isfunction(f) and name != "__init__"]
     read = {name for function in functions for name in function.__code__.co_names}
     for name in HEADS_WIDTHS:
@@ -259,16 +259,20 @@ class KeptHeads:
         self.n_heads, self.heads = n_heads, heads
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        names = list(signature(module.forward).parameters)
-        kept = [self.keep(name, value) for name, value in zip(names, args, strict=False)]
-        return (*kept, *args[len(kept) :]), {name: self.keep(name, value) for name, value in kwargs.items()}
+        named = dict(zip(signature(module.forward).parameters, args, strict=False)) | kwargs
+        batch = next((len(value) for value in named.values() if isinstance(value, Tensor)), 0)  # of the hidden states
+        for name, value in named.items():
+            surely, perhaps = name in PER_HEAD_ARGUMENTS, name in PERHAPS_PER_HEAD_ARGUMENTS
+            if isinstance(value, Tensor) and (surely or (perhaps and self.by_head(value, batch))):
+                named[name] = self.keep(value)
+        return tuple(named.pop(name) for name in list(named)[: len(args)]), named
 
-    def keep(self, name: str, values):
-        if not isinstance(values, Tensor) or name not in (*PER_HEAD_ARGUMENTS, *PERHAPS_PER_HEAD_ARGUMENTS):
-            return values
+    def by_head(self, mask: Tensor, batch: int) -> bool:
+        """Of three dimensions, a mask may be that of a batch; if both are as many, it is taken for that."""
+        return mask.dim() > 2 and mask.shape[-3] == self.n_heads and not (mask.dim() == 3 and len(mask) == batch)
+
+    def keep(self, values: Tensor) -> Tensor:
         heads = self.heads.to(values.device)
         if values.dim() == 4:
             return values[:, heads] if values.shape[1] == self.n_heads else values
-        if name in PERHAPS_PER_HEAD_ARGUMENTS:
-            return values
         return values.unflatten(0, (-1, self.n_heads))[:, heads].flatten(0, 1)

@@ -136,7 +136,7 @@ def check_decoder(model_type: str) -> None:
     of_parts = getattr(CONFIG_MAPPING[model_type], "sub_configs_defaults", None) or {}
     if "text_config" in of_parts:
         text = of_parts["text_config"].model_type
-        raise NotServed(f"a model of several parts around a language model of type {text}, which has a row of its own")
+        raise NotServed(f"a model of several parts; its language model, of type {text}, has a row of its own")
     config = CONFIG_MAPPING[model_type]()
     if getattr(config, "is_encoder_decoder", False):
         raise NotServed("an encoder-decoder model")
