@@ -26,10 +26,11 @@ def compressed(family: str, folder, *, bits: tuple[int, ...], rank: int = 2):
     source = load.inspect_source(source_folder)
     shape = prepare.shape_of(source)
     draw = random.Random(1)
-    kept = {
-        name: sorted(draw.sample(range(g.n_units), max(1, g.n_units * (2 + g.layer % 2) // 4)))
-        for name, g in shape.graph.groups.items()
-    }
+    kept = {}
+    for name, g in shape.graph.groups.items():
+        size = g.n_units // g.n_blocks
+        n = max(1, size * (2 + g.layer % 2) // 4)
+        kept[name] = [b * size + u for b in range(g.n_blocks) for u in sorted(draw.sample(range(size), n))]
     mixture = {name: draw.choice(bits) for name in shape.graph.linears}
     plan = shape.plan(recipe.load(f"qpruner[adapter_rank={rank}]"), kept, mixture)
     model = load.load_model(source)

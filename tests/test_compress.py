@@ -69,6 +69,24 @@ def test_protected_layers_are_whole_and_others_cut(result):
     assert [len(kept[f"model.layers.{i}.self_attn"]) for i in range(4)] == [4, 3, 3, 4]
 
 
+def test_every_kind_of_unit_goes_together_and_what_is_loaded_is_what_was_judged(model, tmp_path):
+    units = "units=[kv_group,query_head,channel],scope=global,layers_kept=0.75"
+    result = compress(
+        model,
+        tmp_path / "out",
+        recipe=f"qpruner[{QUICK},{units},allocation=mutual-information]",
+    )
+    manifest, plan = (
+        json.loads((result.artifact / "manifest.json").read_text()),
+        Plan.read(result.artifact / "plan.json"),
+    )
+    assert manifest["bytes"]["predicted"] == manifest["bytes"]["on_disk"] <= manifest["bytes"]["asked"]
+    assert len(plan.layers) == 3 and {0, 3} < set(plan.layers) and len(result.facts.layers) == 3
+    assert {n for n, units in plan.kept.items() if n.endswith("mlp") and len(units) < 128} == {"model.layers.1.mlp"}
+    loss = api.evaluate(str(result.artifact), window=64, windows=4)["loss"]
+    assert loss == pytest.approx(manifest["evaluation"]["artifact"]["loss"], abs=1e-6)
+
+
 FRESH = """
 import sys, json, torch, qpruner
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -18,6 +18,8 @@ LLAMA_7B = dict(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
 )
 
+KINDS = ("kv_group", "query_head", "channel")
+
 
 def as_values(graph: Graph) -> tuple:
     """A graph with lists for tensors, to compare whole."""
@@ -27,7 +29,9 @@ def as_values(graph: Graph) -> tuple:
             g.layer,
             g.kind,
             g.module,
+            g.n_blocks,
             *({k: v.tolist() for k, v in s.items()} for s in (g.producers, g.consumers)),
+            {k: (dim, v.tolist()) for k, (dim, v) in g.tensors.items()},
         )
         for g in graph.groups.values()
     ]
@@ -36,6 +40,11 @@ def as_values(graph: Graph) -> tuple:
 
 def of_layer(graph: Graph, layer: int) -> dict:
     return {g.kind: g for g in graph.groups.values() if g.layer == layer}
+
+
+def inside(graph: Graph) -> list:
+    """The groups of single layers."""
+    return [group for group in graph.groups.values() if group.layer >= 0]
 
 
 def heads(numbers, width: int) -> list[int]:
@@ -47,14 +56,14 @@ def test_every_layer_has_the_kv_groups_and_channels_of_its_configuration(family)
     graph = discover(tiny(family))
     for layer in range(3):
         found = {kind: g.n_units for kind, g in of_layer(graph, layer).items()}
-        assert found == {"kv_group": TINY[family]["kv_groups"], "channel": TINY[family]["channels"]}
-    assert len(graph.groups) == 6 and not graph.unreached and not graph.notes
+        assert found == {kind: TINY[family][f"{kind}s"] for kind in KINDS if f"{kind}s" in TINY[family]}
+    assert len(graph.groups) == 3 * len(found) + 1 and not graph.unreached and not graph.notes
 
 
 @pytest.mark.parametrize("family", TINY)
 def test_every_row_and_column_of_a_group_is_in_one_unit(family):
     graph = discover(tiny(family))
-    for g in graph.groups.values():
+    for g in (g for g in graph.groups.values() if g.kind in ("kv_group", "channel")):
         for name, table in g.producers.items():
             assert table.flatten().sort()[0].tolist() == list(range(graph.linears[name].d_out))
         for name, table in g.consumers.items():
@@ -71,6 +80,32 @@ def test_a_kv_group_is_a_key_and_value_head_with_the_query_heads_that_share_it(f
     tables = {name: t.tolist() for name, t in attention.producers.items()}
     assert tables == {f"{path}.q_proj": queries, f"{path}.k_proj": keys, f"{path}.v_proj": keys}
     assert {name: t.tolist() for name, t in attention.consumers.items()} == {f"{path}.o_proj": queries}
+
+
+@pytest.mark.parametrize("family, over, per_group", [("llama", {}, 2), ("falcon", dict(multi_query=True), 4)])
+def test_query_heads_lie_in_the_kv_group_whose_keys_they_share(family, over, per_group):
+    graph = discover(tiny(family, **over))
+    kv, query = of_layer(graph, 1)["kv_group"], of_layer(graph, 1)["query_head"]
+    assert query.n_blocks == kv.n_units and query.name == f"{kv.name}.query_heads"
+    ((name, rows),) = query.producers.items()
+    assert rows.tolist() == [heads([h], 6) for h in range(4)] and query.consumers.keys() == kv.consumers.keys()
+    assert query.n_units == 4 == per_group * query.n_blocks
+    for g in range(kv.n_units):
+        inside = rows[per_group * g : per_group * (g + 1)].flatten()
+        assert set(inside.tolist()) <= set(kv.producers[name][g].tolist())
+
+
+def test_query_heads_of_a_fused_projection_are_its_query_rows():
+    phi3, falcon = discover(tiny("phi3")), discover(tiny("falcon", new_decoder_architecture=True, num_kv_heads=2))
+    (rows,) = of_layer(phi3, 0)["query_head"].producers.values()  # four query heads, two keys, two values, of 6
+    assert rows.tolist() == [heads([h], 6) for h in range(4)]
+    (rows,) = of_layer(falcon, 0)["query_head"].producers.values()  # two query heads, key, value, and again
+    assert rows.tolist() == [heads([h], 6) for h in (0, 1, 4, 5)]
+
+
+def test_a_head_that_has_its_key_for_itself_is_no_query_head():
+    for family, over in (("gpt2", {}), ("llama", dict(num_key_value_heads=4)), ("olmo2", {})):
+        assert "query_head" not in of_layer(discover(tiny(family, **over)), 0)
 
 
 def test_fused_projections_are_taken_apart():
@@ -243,7 +278,7 @@ def test_the_rows_that_all_heads_of_latent_attention_read_stay():
 def test_experts_of_any_size_take_no_memory():
     experts = dict(num_local_experts=16, num_experts_per_tok=2, hidden_size=1024, intermediate_size=9000)
     graph = discover(build_skeleton(tiny_config("mixtral", num_hidden_layers=1, **experts)))
-    assert [g.n_units for g in graph.groups.values()] == [2, 16 * 9000]
+    assert [g.n_units for g in inside(graph)] == [2, 16 * 9000, 4, 16]
 
 
 @pytest.mark.parametrize("over, found", [(dict(num_kv_shared_layers=2), True), (dict(num_kv_shared_layers=0), False)])
@@ -291,7 +326,7 @@ def test_units_of_unequal_size_are_one_unit():
         return x + layer.down(torch.cat([u[..., :1] * u[..., 1:2], u[..., 2:], u[..., :1]], -1))
 
     graph = discover(Toy(steps))
-    (group,) = graph.groups.values()
+    (group,) = inside(graph)
     assert group.name == "layers.0.down" and group.kind == "channel"
     assert group.producers["layers.0.up"].tolist() == [[0, 1, 2, 3, 4, 5]] and group.n_units == 1
     assert "'down': its 5 units are of unequal size, so it is one indivisible unit" in graph.notes[0]
@@ -299,7 +334,7 @@ def test_units_of_unequal_size_are_one_unit():
 
 def test_rows_that_nothing_reads_and_columns_that_read_no_row_are_in_no_unit():
     graph = discover(Toy(lambda layer, x: x + layer.down(torch.cat([layer.up(x)[..., :5], x[..., :1]], -1))))
-    (group,) = graph.groups.values()
+    (group,) = inside(graph)
     assert (
         group.producers["layers.0.up"].tolist() == group.consumers["layers.0.down"].tolist() == [[i] for i in range(5)]
     )
@@ -311,7 +346,7 @@ def test_rows_that_nothing_reads_and_columns_that_read_no_row_are_in_no_unit():
 @pytest.mark.parametrize("activation", [torch.relu, lambda u: torch.relu(-u) ** 2, torch.sigmoid, torch.abs])
 def test_no_channel_is_silent_under_a_rectifier(activation):
     graph = discover(Toy(lambda layer, x: x + layer.down(activation(layer.up(x)))))
-    assert [g.n_units for g in graph.groups.values()] == [6] and not graph.unreached
+    assert [g.n_units for g in inside(graph)] == [6] and not graph.unreached
 
 
 def test_a_linear_that_also_writes_to_the_residual_stream_is_no_producer():
@@ -319,7 +354,7 @@ def test_a_linear_that_also_writes_to_the_residual_stream_is_no_producer():
         u = layer.up(x)
         return x + u + layer.down(u)
 
-    assert not discover(Toy(steps)).groups
+    assert not inside(discover(Toy(steps)))
 
 
 def test_a_weight_that_is_read_in_part_couples_everything():
@@ -327,7 +362,7 @@ def test_a_weight_that_is_read_in_part_couples_everything():
         return x + layer.down(nn.functional.linear(torch.relu(layer.side(x)), layer.up.weight[:, :4]))
 
     graph = discover(Toy(steps))
-    (group,) = graph.groups.values()
+    (group,) = inside(graph)
     assert group.n_units == 1 and group.producers.keys() == {"layers.0.side"}
 
 
@@ -340,7 +375,7 @@ def test_a_weight_that_is_read_without_its_linear_is_a_linear():
 def test_a_linear_that_is_used_twice_is_never_pruned():
     graph = discover(Toy(lambda layer, x: x + layer.down(layer.up(torch.relu(layer.up(x))))))
     assert not any(g.n_units > 1 for g in graph.groups.values())
-    assert "'up': used in several places or in parts, so never pruned" in graph.notes[-1]
+    assert any("'up': used in several places or in parts, so never pruned" in note for note in graph.notes)
 
 
 def test_columns_that_are_also_read_from_the_hidden_states_are_one_unit():
@@ -387,4 +422,4 @@ def test_a_model_of_seven_billion_parameters_takes_seconds():
     start = time.process_time()
     graph = discover(build_skeleton(LlamaConfig(**LLAMA_7B)))
     assert time.process_time() - start < 20  # about one on a free core
-    assert {g.n_units for g in graph.groups.values()} == {32, 11008} and len(graph.groups) == 64
+    assert {g.n_units for g in inside(graph)} == {32, 11008} and len(inside(graph)) == 64

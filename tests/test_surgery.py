@@ -1,5 +1,6 @@
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,9 @@ CASES = [
     ("falcon", dict(multi_query=False, alibi=True, parallel_attn=False, bias=True, num_kv_heads=4)),
     ("falcon", dict(new_decoder_architecture=True, num_kv_heads=2)),
     ("gemma2", dict(head_dim=8)),
+    ("falcon", dict(new_decoder_architecture=True, num_kv_heads=2, num_attention_heads=6, alibi=True, hidden_size=36)),
+    ("falcon", dict(multi_query=True)),
+    ("gpt_bigcode", dict(n_embd=24, n_layer=3, n_head=4, multi_query=True)),
     ("gptj", dict(n_embd=24, n_layer=3, n_head=4, rotary_dim=2)),
     ("olmo2", {}),
     ("codegen", dict(hidden_size=32, num_attention_heads=8, rotary_dim=2)),
@@ -37,6 +41,17 @@ def bound(family: str, exact: float) -> dict[str, float]:
 
 def everything(graph) -> dict[str, range]:
     return {name: range(g.n_units) for name, g in graph.groups.items()}
+
+
+def left(graph, kept) -> dict[str, int]:
+    """Units of a narrowed model: query heads go with their kv group; one that is alone in it is no unit."""
+    counts = {name: len(units) for name, units in kept.items()}
+    for name, g in graph.groups.items():
+        if g.kind == "query_head":
+            per_group = counts.pop(name) // g.n_blocks
+            if per_group > 1:
+                counts[name] = per_group * counts[name.removesuffix(".query_heads")]
+    return counts
 
 
 def narrowed(model, graph, kept):
@@ -108,7 +123,7 @@ def test_a_narrowed_model_is_discovered_copied_pickled_and_rebuilt_on_meta(famil
     kept = random_kept(graph, 3)
     small = narrowed(model, graph, kept)
     again = discover(small)
-    assert {name: g.n_units for name, g in again.groups.items()} == {name: len(kept[name]) for name in graph.groups}
+    assert {name: g.n_units for name, g in again.groups.items()} == left(graph, kept)
     expected = small(ids).logits
     assert torch.equal(copy.deepcopy(small)(ids).logits, expected)
     assert torch.equal(pickle.loads(pickle.dumps(small))(ids).logits, expected)
@@ -122,16 +137,22 @@ def test_a_narrowed_model_is_discovered_copied_pickled_and_rebuilt_on_meta(famil
 
 @pytest.mark.parametrize("family", ["llama", "bloom", "phi3"])
 def test_cutting_twice_is_cutting_once(family, ids):
-    model = tiny(
-        family, **(dict(n_head=6) if family == "bloom" else dict(num_attention_heads=12, num_key_value_heads=6))
-    )
+    heads = dict(num_attention_heads=18, num_key_value_heads=6, head_dim=4, hidden_size=36)
+    model = tiny(family, **(dict(n_head=6) if family == "bloom" else heads))
     graph = discover(model)
-    every = {n: g.n_units for n, g in graph.groups.items()}
-    first = {name: range(1, n) for name, n in every.items()}
-    half = {name: [0, *range(2, n - 1)] for name, n in every.items()}  # units 1, 3, 4, ... of the original
+    first, half, both = {}, {}, {}
+    for name, g in graph.groups.items():
+        if g.kind == "query_head":  # 0 and 2 of the three in every kv group, and then 2 alone; one kv group went
+            first[name] = [u for u in range(18) if u % 3 != 1]
+            half[name], both[name] = range(1, 10, 2), range(2, 18, 3)
+        elif g.kind == "residual":
+            first[name] = half[name] = both[name] = range(g.n_units)
+        else:  # units 1, 3, 4, ... of the original
+            first[name], half[name] = range(1, g.n_units), [0, *range(2, g.n_units - 1)]
+            both[name] = [first[name][u] for u in half[name]]
     twice = narrowed(model, graph, first)
     narrow_(twice, discover(twice), half)
-    once = narrowed(model, graph, {name: [first[name][u] for u in half[name]] for name in every})
+    once = narrowed(model, graph, both)
     assert torch.equal(twice(ids).logits, once(ids).logits)
 
 
@@ -177,7 +198,7 @@ def test_widths_and_counts_follow_and_the_configuration_stays(family):
 def test_a_narrowed_layer_follows_later_changes_of_the_configuration(ids):
     model = tiny("phi3")
     graph = discover(model)
-    narrow_(model, graph, random_kept(graph, 5))
+    narrow_(model, graph, everything(graph) | {"model.layers.0.self_attn": [1]})
     layer = model.model.layers[0].self_attn
     sdpa = model(ids).logits
     assert layer.config.num_attention_heads == 2 and model.config.num_attention_heads == 4
@@ -247,6 +268,17 @@ def test_kept_units_that_do_not_fit_the_graph_are_refused(graph, change, message
         check_kept(graph, kept)
 
 
+def test_a_group_in_blocks_keeps_equally_many_in_every_block(graph):
+    name = "model.layers.0.mlp"
+    blocks = replace(graph, groups=graph.groups | {name: replace(graph.groups[name], n_blocks=4)})
+    check_kept(blocks, everything(graph) | {name: [0, 5, 12, 19, 21, 29, 30, 39]})
+    for units, found in (([0, 10, 20], "0 and 1"), ([0, 1, 10, 20, 30], "1 and 2")):
+        with pytest.raises(
+            PlanError, match=f"40 units come in 4 blocks of 10, .* equally many. Kept are between {found}"
+        ):
+            check_kept(blocks, everything(graph) | {name: units})
+
+
 def plan_for(graph, **fields) -> Plan:
     kept = {name: tuple(units) for name, units in everything(graph).items()}
     complete = dict(model_name="toy", model_digest="", kept=kept, specs=dict.fromkeys(graph.linears, DENSE))
@@ -262,7 +294,7 @@ def test_a_complete_plan_passes(graph):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(kept={}), "plan for 'toy' leaves out 6 group.s. of the model"),
+        (dict(kept={}), "plan for 'toy' leaves out 10 group.s. of the model"),
         (dict(specs={}), "plan for 'toy' leaves out 21 linear.s. of the model: .* and 18 more. Each needs a spec"),
         (
             dict(adapter_ranks={"lm_head": 8}),

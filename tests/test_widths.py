@@ -6,8 +6,9 @@ from transformers import LlamaConfig
 
 from qpruner import prepare, recipe
 from qpruner.decide import widths
-from qpruner.errors import RecipeError
+from qpruner.errors import BudgetError, RecipeError
 from qpruner.model import cost, load
+from qpruner.model.check import check_kept
 
 LLAMA_7B = LlamaConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
@@ -24,7 +25,7 @@ def llama_7b(tmp_path_factory) -> prepare.Shape:
 
 
 def parameters_after(shape: prepare.Shape, counts: widths.Counts, chosen: recipe.Recipe) -> int:
-    return cost.parameter_count(shape.stored(shape.plan(chosen, widths.first_units(counts), 16)))
+    return cost.parameter_count(shape.stored(shape.plan(chosen, widths.first_units(shape.graph, counts), 16)))
 
 
 @pytest.mark.parametrize("name, parameters", [("llm-pruner-20", 5_422_977_024), ("llm-pruner-50", 3_350_188_032)])
@@ -36,7 +37,7 @@ def test_the_published_recipes_give_the_published_sizes(llama_7b, name, paramete
 
 def test_a_7b_at_four_bits_weighs_what_a_person_would_expect(llama_7b):
     chosen = recipe.load("qpruner[kept=1.0,adapter_rank=0]")
-    plan = llama_7b.plan(chosen, widths.first_units(widths.counts(llama_7b.graph, chosen, 1.0)), 4)
+    plan = llama_7b.plan(chosen, widths.first_units(llama_7b.graph, widths.counts(llama_7b.graph, chosen, 1.0)), 4)
     assert llama_7b.size(plan).linears == 32 * 202_375_168 * 17 // 32  # half a byte, and a 2-byte scale for 64 weights
 
 
@@ -51,7 +52,7 @@ def test_a_larger_budget_never_keeps_less(bundled, percent):
     limits = [bundled.source.bytes_16bit * p // 100 for p in (percent, percent + 5)]
     less, more = (prepare.widths_for(bundled, chosen, limit) for limit in limits)
     assert all(less[name] <= more[name] for name in less)
-    assert bundled.size(bundled.plan(chosen, widths.first_units(less), 4)).total <= limits[0]
+    assert bundled.size(bundled.plan(chosen, widths.first_units(bundled.graph, less), 4)).total <= limits[0]
 
 
 def test_widths_are_on_the_grid(bundled):
@@ -70,6 +71,171 @@ def test_single_layers_can_have_their_own_width(bundled):
         widths.counts(bundled.graph, recipe.load("qpruner[kept_per_layer={9: 0.5}]"), 0.75)
 
 
-def test_the_best_units_stay_and_ties_go_to_the_first():
-    scores = {"g": torch.tensor([0.5, 2.0, 0.5, 1.0])}
-    assert widths.select(scores, {"g": 3}) == {"g": (0, 1, 3)}
+def test_the_best_units_stay_and_ties_go_to_the_first(bundled):
+    name, scores = "model.layers.0.self_attn", torch.tensor([0.5, 2.0, 0.5, 1.0])
+    assert bundled.graph.groups[name].n_units == 4
+    assert widths.select(bundled.graph, {name: scores}, {name: 3}) == {name: (0, 1, 3)}
+
+
+def test_the_best_units_of_every_block_stay(bundled):
+    name = "model.layers.0.self_attn.query_heads"
+    assert bundled.graph.groups[name].n_blocks == 4 and bundled.graph.groups[name].n_units == 8
+    scores = {name: torch.tensor([0.0, 1.0, 9.0, 8.0, 3.0, 3.0, 0.0, 0.5])}
+    assert widths.select(bundled.graph, scores, {name: 4}) == {name: (1, 2, 4, 7)}
+
+
+def test_what_a_recipe_does_not_name_stays_whole(bundled, llama_7b):
+    graph = bundled.graph
+    for units in (("kv_group",), ("query_head", "channel"), ("channel",)):
+        counts = widths.counts(graph, recipe.load("qpruner").but({"units": units}), 0.3)
+        cut = {graph.groups[name].kind for name, n in counts.items() if n < graph.groups[name].n_units}
+        assert cut == set(units)
+    with pytest.raises(
+        RecipeError, match="kind 'query_head', and the model has none: no key/value head of it is shared"
+    ):
+        widths.counts(llama_7b.graph, recipe.load("qpruner[units=[query_head]]"), 0.3)
+    for units in ("[]", "[channel,channel]", "[neuron]"):
+        with pytest.raises(RecipeError, match="units"):
+            recipe.load(f"qpruner[units={units}]")
+
+
+# --- scope: global ---------------------------------------------------------------------------------------------------
+
+EVERYWHERE = "qpruner[scope=global,mean_bits=16,bits=[16],adapter_rank=0,kept=1.0,protect_first=0,protect_last=0]"
+ALL_KINDS = {"units": ("kv_group", "query_head", "channel")}
+
+
+def random_scores(graph, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.rand(g.n_units, generator=generator) for name, g in graph.groups.items()}
+
+
+def chosen(shape, recipe_, scores, percent: float) -> widths.Kept:
+    sizes = prepare.stored_sizes(shape, recipe_)
+    return widths.choose(shape.graph, recipe_, scores, {}, sizes, shape.source.bytes_16bit * percent / 100)
+
+
+@pytest.mark.parametrize("units", [("channel",), ("kv_group", "query_head", "channel")])
+def test_a_larger_budget_keeps_all_that_a_smaller_one_keeps_and_fills_itself(bundled, units):
+    everywhere, scores, less = recipe.load(EVERYWHERE).but({"units": units}), random_scores(bundled.graph), None
+    for percent in (45, 70, 85, 99):
+        kept = chosen(bundled, everywhere, scores, percent)
+        check_kept(bundled.graph, kept)
+        limit = bundled.source.bytes_16bit * percent / 100
+        assert 0.97 * limit < bundled.size(bundled.plan(everywhere, kept, 16)).total <= limit
+        assert less is None or all(set(less[name]) <= set(kept[name]) for name in kept)
+        less = kept
+
+
+def test_everything_stays_where_the_budget_allows_it_and_what_is_protected_always(bundled):
+    whole = {name: tuple(range(g.n_units)) for name, g in bundled.graph.groups.items()}
+    everywhere = recipe.load(EVERYWHERE).but(ALL_KINDS)
+    assert chosen(bundled, everywhere, random_scores(bundled.graph), 105) == whole
+    protected = chosen(
+        bundled, everywhere.but({"protect_first": 0.2, "protect_last": 0.1}), random_scores(bundled.graph), 80
+    )
+    cut = {bundled.graph.groups[name].layer for name, units in protected.items() if units != whole[name]}
+    assert cut == {2, 3, 4}
+    own = chosen(bundled, everywhere.but({"kept_per_layer": {1: 0.5}}), random_scores(bundled.graph), 105)
+    assert {name for name in whole if own[name] != whole[name]} == {
+        n for n, g in bundled.graph.groups.items() if g.layer == 1
+    }
+
+
+def test_equal_scores_per_byte_are_pruned_evenly_as_with_one_fraction_for_all(bundled):
+    for units, step in ((("channel",), 64), (("kv_group",), 1)):
+        everywhere = recipe.load(EVERYWHERE).but({"units": units})
+        scores = {name: torch.full((g.n_units,), 0.1) for name, g in bundled.graph.groups.items()}
+        for percent in (85, 95):
+            kept = chosen(bundled, everywhere, scores, percent)
+            even = prepare.widths_for(bundled, everywhere, int(bundled.source.bytes_16bit * percent / 100))
+            assert all(abs(len(kept[name]) - n) <= step for name, n in even.items())
+            widths_ = [len(kept[n]) for n, g in bundled.graph.groups.items() if g.kind in units]
+            assert max(widths_) - min(widths_) <= step
+
+
+def test_a_head_is_not_worth_one_channel(bundled):
+    """Of equal scores the unit with more bytes goes first; of unequal ones that with the lower score per byte."""
+    everywhere = recipe.load(EVERYWHERE)
+    graph = bundled.graph
+    equal = {name: torch.ones(g.n_units) for name, g in graph.groups.items()}
+    kept = chosen(bundled, everywhere, equal, 90)
+    assert {g.kind for n, g in graph.groups.items() if len(kept[n]) < g.n_units} == {"kv_group"}
+    size = prepare.stored_sizes(bundled, everywhere)[0]
+    widest, narrowest = (widths.counts(graph, everywhere, f) for f in (1.0, 0.0))
+    weight = widths.unit_bytes(graph, widest, narrowest, size)
+    a, b = weight["model.layers.0.self_attn"], weight["model.layers.0.mlp"]
+    d = graph.linears["model.layers.0.self_attn.q_proj"]
+    assert b == pytest.approx(3 * 2 * d.d_in, rel=0.01) and a == pytest.approx(2 * 6 * d.d_in * d.d_out / 8, rel=0.01)
+    for factor, first in ((0.9, "kv_group"), (1.1, "channel")):
+        worth = {"kv_group": factor * a, "query_head": 0, "channel": b}
+        kept = chosen(bundled, everywhere, {n: s * worth[graph.groups[n].kind] for n, s in equal.items()}, 95)
+        assert {g.kind for n, g in graph.groups.items() if len(kept[n]) < g.n_units} == {first}
+
+
+def test_units_in_another_order_are_chosen_in_that_order(bundled):
+    everywhere, scores = recipe.load(EVERYWHERE).but({"units": ("kv_group", "channel")}), random_scores(bundled.graph)
+    generator = torch.Generator().manual_seed(1)
+    order = {name: torch.randperm(len(s), generator=generator) for name, s in scores.items()}
+    kept = chosen(bundled, everywhere, scores, 60)
+    moved = chosen(bundled, everywhere, {name: s[order[name]] for name, s in scores.items()}, 60)
+    for name in kept:
+        if bundled.graph.groups[name].kind in everywhere.units:
+            assert sorted(order[name][list(moved[name])].tolist()) == list(kept[name])
+
+
+def test_the_lots_of_a_group_are_steps_of_the_grid_the_worst_first(bundled):
+    group = bundled.graph.groups["model.layers.0.mlp"]
+    scores = torch.arange(group.n_units).float()
+    lots = widths.lots_of(group, recipe.load("qpruner[width_grid=300]"), scores, 300, {group.name: 2.0})
+    n = group.n_units
+    assert [lot.left for lot in lots] == [left for left in range(300 * ((n - 1) // 300), 0, -300)]
+    assert lots[1].worth == pytest.approx((n - lots[0].left + 299 / 2 + 0) / 2)
+    assert [lot.worth for lot in lots] == sorted(lot.worth for lot in lots)
+
+
+def test_kept_is_a_fraction_of_the_bytes_that_compete(bundled):
+    everywhere = recipe.load(EVERYWHERE).but({"units": ("channel",), "kept": 0.5, "width_grid": 1})
+    for shrink in (True, False):
+        kept = chosen(bundled, everywhere.but({"shrink_to_fit": shrink}), random_scores(bundled.graph), 105)
+        mlps = [name for name, g in bundled.graph.groups.items() if g.kind == "channel"]
+        half = sum(bundled.graph.groups[n].n_units for n in mlps) // 2
+        assert half - 1 <= sum(len(kept[n]) for n in mlps) <= half
+    with pytest.raises(BudgetError, match="leaves more than .* Give a smaller `kept`"):
+        chosen(bundled, everywhere.but({"shrink_to_fit": False}), random_scores(bundled.graph), 30)
+    with pytest.raises(RecipeError, match="llm-pruner counts the units of each layer, which scope global does not"):
+        recipe.load("llm-pruner-20[scope=global]")
+
+
+def test_the_layers_with_the_lowest_scores_go_and_protected_ones_stay(bundled):
+    fewer = recipe.load("qpruner[layers_kept=0.6]")  # of six, of which the first and the last are protected
+    worth = [0.0, 3.0, 1.0, 2.0, 1.0, 0.0]
+    scores = {n: torch.full((g.n_units,), worth[g.layer] / g.n_units) for n, g in bundled.graph.groups.items()}
+    assert widths.keep_layers(bundled.graph, fewer, scores) == (0, 1, 3, 5)
+    heads = {n: 100 + s if bundled.graph.groups[n].kind == "query_head" else s for n, s in scores.items()}
+    assert widths.keep_layers(bundled.graph, fewer, heads) == (0, 1, 3, 5)
+    equal = {name: torch.zeros_like(s) for name, s in scores.items()}
+    assert widths.keep_layers(bundled.graph, fewer, equal) == (0, 1, 2, 5)
+    assert widths.keep_layers(bundled.graph, recipe.load("qpruner"), scores) is None
+    with pytest.raises(RecipeError, match="keeps 1 of 6 decoder layers and protects 2"):
+        widths.keep_layers(bundled.graph, recipe.load("qpruner[layers_kept=0.1]"), scores)
+    with pytest.raises(RecipeError, match="which layers_kept numbers anew"):
+        recipe.load("qpruner[layers_kept=0.5,kept_per_layer={1: 0.5}]")
+
+
+def test_a_shorter_shape_is_that_of_the_shorter_model(bundled):
+    fewer = bundled.of_layers((0, 2, 5))
+    whole = fewer.size(fewer.plan(recipe.load("qpruner"), widths.first_units(fewer.graph, whole_counts(fewer)), 16))
+    layers = cost.parameter_count({n: t for n, t in bundled.tensors.items() if n.startswith("model.layers.")})
+    assert cost.parameter_count(fewer.tensors) == bundled.source.parameters - layers // 2
+    assert (
+        whole.linears
+        == bundled.size(
+            bundled.plan(recipe.load("qpruner"), widths.first_units(bundled.graph, whole_counts(bundled)), 16)
+        ).linears
+        // 2
+    )
+
+
+def whole_counts(shape) -> widths.Counts:
+    return {name: group.n_units for name, group in shape.graph.groups.items()}

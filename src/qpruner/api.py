@@ -19,6 +19,7 @@ from qpruner.model.scratch import Scratch
 from qpruner.plan import Budget
 from qpruner.prepare import (
     Prepared,
+    any_layers,
     bytes_of,
     evaluation_batch,
     forecast_for,
@@ -113,7 +114,9 @@ def compress(
         forecast = prepared.forecast
         run.event("start", request=digest_of(request), memory=forecast.stages, resident=forecast.resident)
         on_progress(str(forecast), 1, 1)
-        decided, measured = Compression(prepared, run, on_progress, measure_speed=measure_speed)()
+        job = Compression(prepared, run, on_progress, measure_speed=measure_speed)
+        decided, measured = job()
+        prepared = job.prepared  # of the layers that stayed
         command = _command(model, budget, output, chosen.name, seed, texts | {"trials": trials}, trust_remote_code)
         facts = facts_of(prepared, decided, measured, command=command, seconds=run.seconds())
         write_manifest(partial(output), manifest_of(prepared, decided, measured, request))
@@ -182,7 +185,7 @@ def inspect(
         "bytes_16bit": source.bytes_16bit,
         "layers": len(shape.graph.layers),
         "groups": [
-            {"name": g.name, "layer": g.layer, "kind": g.kind, "units": g.n_units, "prunable": g.n_units > 1}
+            {"name": g.name, "layer": g.layer, "kind": g.kind, "units": g.n_units, "prunable": g.n_units > g.n_blocks}
             for g in shape.graph.groups.values()
         ],
         "notes": list(shape.graph.notes),
@@ -191,8 +194,9 @@ def inspect(
         return found
     chosen = recipes.load(recipe or "qpruner") if not isinstance(recipe, Recipe) else recipe
     limit = limit_of(Budget.parse(budget), source) if budget else source.bytes_16bit
+    shape = any_layers(shape, chosen)
     counts = widths_for(shape, chosen, limit)
-    kept = widths.first_units(counts)
+    kept = widths.first_units(shape.graph, counts)
     sizes = {bits: shape.size(shape.plan(chosen, kept, bits)) for bits in chosen.bits}
     stored = shape.stored(shape.plan(chosen, kept, 16))
     largest = max((s.total for s in sizes.values() if s.total <= limit), default=min(s.total for s in sizes.values()))

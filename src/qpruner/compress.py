@@ -33,14 +33,14 @@ from qpruner.do.streamed import LayerByLayer
 from qpruner.files import write_text
 from qpruner.judge import loss as judge
 from qpruner.judge.speed import measure_in_fresh_process
-from qpruner.model import adapters, checkpoint, cost, load
+from qpruner.model import adapters, checkpoint, cost, depth, load
 from qpruner.model.scratch import Scratch
 from qpruner.model.skeleton import build_skeleton
 from qpruner.model.stream import Pace, Stream
 from qpruner.model.surgery import narrow_
-from qpruner.model.tensors import Cut, Named, Stored
+from qpruner.model.tensors import Cut, Named, Renamed, Stored
 from qpruner.plan import SPECS, Plan
-from qpruner.prepare import EVALUATION_BATCH, Prepared, evaluation_batch
+from qpruner.prepare import EVALUATION_BATCH, Prepared, evaluation_batch, stored_sizes, without_layers
 from qpruner.progress import OnProgress
 from qpruner.run import Journal, Run, digest_of
 
@@ -80,16 +80,23 @@ class Compression:
     """One run of the main job on an open run folder."""
 
     def __init__(self, prepared: Prepared, run: Run, on_progress: OnProgress, *, measure_speed: bool):
-        self.prepared, self.run, self._on_progress = prepared, run, on_progress
-        self._measure_speed = measure_speed
+        self.run, self._on_progress, self._measure_speed = run, on_progress, measure_speed
+        self._take(prepared)
+
+    def _take(self, prepared: Prepared) -> None:
+        self.prepared = prepared
         self.recipe, self.shape, self.graph = prepared.recipe, prepared.shape, prepared.shape.graph
         units = bit_units(self.graph, self.recipe.bit_unit)
         self.units = units if len(self.recipe.bits) > 1 else ()
 
     def __call__(self) -> tuple[Decided, Measured]:
         original = self._judge_original()
-        scores = self._scores()
-        kept = widths.select(scores, self.prepared.counts)
+        prepared, scores = without_layers(self.prepared, self._scores())
+        self._take(prepared)  # from here on it is about the model of the layers that stay
+        kept = widths.choose(
+            self.graph, self.recipe, scores, self.prepared.counts, stored_sizes(self.shape, self.recipe),
+            self.prepared.limit_bytes,
+        )  # fmt: skip
         information = self._information(kept)
         if self.prepared.in_memory:
             decided, done = self._in_memory(scores, kept, information)
@@ -134,9 +141,13 @@ class Compression:
         return open_stream(self.shape.source, dtype=self._precision, **self._where())
 
     def _pruned(self, kept: dict, dtype: torch.dtype = torch.float32) -> Stream:
-        source = self.shape.source
-        model = build_skeleton(source.config, trust_remote_code=source.trust_remote_code)
-        whole = Named(model, Stored.of(source.folder))
+        source, layers = self.shape.source, self.shape.layers
+        trust = {"trust_remote_code": source.trust_remote_code}
+        model = build_skeleton(depth.shortened_config(source.config, layers), **trust)
+        original = model if layers is None else build_skeleton(source.config, **trust)
+        whole = Renamed(
+            Named(original, Stored.of(source.folder)), depth.original_names(self.graph, layers, model.state_dict())
+        )
         narrow_(model, self.graph, kept)
         return Stream(model, Cut(whole, self.graph, kept), dtype=dtype, **self._where())
 
@@ -222,7 +233,11 @@ class Compression:
             return []
         windows, estimator = self.prepared.calibration.ids[:INFORMATION_WINDOWS], self.recipe.information
         inputs = self._inputs(
-            kept=kept, windows=digest_of(windows.tolist()), estimator=estimator, unit=self.recipe.bit_unit
+            kept=kept,
+            layers=self.shape.layers,
+            windows=digest_of(windows.tolist()),
+            estimator=estimator,
+            unit=self.recipe.bit_unit,
         )
         with self._scratch("information", inputs) as scratch:
             return self.run.values(
@@ -237,8 +252,8 @@ class Compression:
     def _quantized_inputs(self, kept: dict, **facts) -> dict:
         plan = self._plan(kept, 16)
         return self._inputs(
-            kept=kept, bits=self.recipe.bits, unit=self.recipe.bit_unit, ranks=plan.adapter_ranks,
-            loftq=[plan.recovery.loftq_iterations, plan.recovery.adapter_alpha],
+            kept=kept, layers=self.shape.layers, bits=self.recipe.bits, unit=self.recipe.bit_unit,
+            ranks=plan.adapter_ranks, loftq=[plan.recovery.loftq_iterations, plan.recovery.adapter_alpha],
             windows=digest_of(self.prepared.search.ids.tolist()), **facts,
         )  # fmt: skip
 

@@ -11,6 +11,7 @@ from qpruner.compress import Decided, Measured, partial
 from qpruner.decide import search as bayesian
 from qpruner.decide.widths import kept_fractions
 from qpruner.model import cost, memory
+from qpruner.model.discover import spans
 from qpruner.plan import SPECS
 from qpruner.prepare import Prepared
 from qpruner.report import facts as report
@@ -61,6 +62,7 @@ def facts_of(
                 curve=report.summarise_scores(decided.scores[name].tolist(), plan.kept[name]),
             )
             for name, g in prepared.shape.graph.groups.items()
+            if g.kind in prepared.recipe.units
         ),  # fmt: skip
         information=tuple(report.Information(**row) for row in decided.information),
         sensitivities=tuple(
@@ -73,7 +75,9 @@ def facts_of(
         memory=used,
         stages=tuple(report.Stage(name=name, seconds=s) for name, s in seconds.items()),
         warnings=warnings(prepared, decided, measured),
-        notes=tuple(n for n in (prepared.texts.note, *prepared.shape.graph.notes, str(used)) if n),
+        notes=tuple(
+            n for n in (prepared.texts.note, layers_gone(prepared), *prepared.shape.graph.notes, str(used)) if n
+        ),
         loads_in=loads_in,
         snippet=snippet,
     )
@@ -114,7 +118,7 @@ def layers(prepared: Prepared, decided: Decided) -> tuple[report.Layer, ...]:
     for index in range(len(graph.layers)):
         counted = {"kv_group": [0, 0], "channel": [0, 0]}
         for name, group in graph.groups.items():
-            if group.layer == index:
+            if group.layer == index and group.kind in counted:
                 counted[group.kind][0] += len(decided.plan.kept[name])
                 counted[group.kind][1] += group.n_units
         (heads, all_heads), (channels, all_channels) = counted["kv_group"], counted["channel"]
@@ -125,6 +129,13 @@ def layers(prepared: Prepared, decided: Decided) -> tuple[report.Layer, ...]:
             )
         )  # fmt: skip
     return tuple(rows)
+
+
+def layers_gone(prepared: Prepared) -> str | None:
+    stay = prepared.shape.layers
+    return (
+        stay and f"Whole decoder layers went; the layers here are those of the original numbered {spans(list(stay))}."
+    )
 
 
 def projections(prepared: Prepared, decided: Decided) -> tuple[report.ProjectionBits, ...]:

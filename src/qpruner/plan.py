@@ -87,7 +87,10 @@ class Plan(Value):
     """Everything that will be done to a model, complete: it decides every group and every linear of its decoder layers.
 
     model_digest: of the configuration and tensor shapes of the model it is for.
-    kept: indices of the units that stay, ascending, for every group of the graph.
+    layers: decoder layers of the original that stay, ascending; None for all. They are numbered anew, and everything
+        else in the plan is named in the model of these layers.
+    kept: indices of the units that stay, ascending, for every group of the graph. A kv group that goes takes its query
+        heads with it, whatever is said of those.
     specs: for every linear inside the decoder layers.
     adapter_ranks: rank of the adapter of each linear that gets one; empty for no adapters.
     adapters: whether adapters are stored beside the base or merged into it.
@@ -96,6 +99,7 @@ class Plan(Value):
     format_version: Literal[1] = 1
     model_name: str
     model_digest: str
+    layers: tuple[int, ...] | None = None
     kept: dict[str, tuple[int, ...]]
     specs: dict[str, QuantSpec]
     adapter_ranks: dict[str, int] = {}

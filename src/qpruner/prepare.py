@@ -3,17 +3,18 @@
 import importlib.util
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qpruner.decide import widths
 from qpruner.decide.draft import draft
 from qpruner.decide.scores import BATCH_TOKENS
 from qpruner.errors import BudgetError, MissingExtraError, ModelError, OutputError, RecipeError
-from qpruner.model import checkpoint, corpus, cost, load, memory
+from qpruner.model import checkpoint, corpus, cost, depth, load, memory
 from qpruner.model.corpus import Corpus, Windows
 from qpruner.model.discover import discover
 from qpruner.model.graph import Graph
@@ -30,12 +31,27 @@ class Shape:
     """A model without its weights, and what any plan for it would weigh.
 
     tensors: what the unpruned model stores: name -> (dtype, shape). dtype: of stored 16-bit tensors.
+    layers: decoder layers of the original that this is the model of; None for all.
     """
 
     source: load.Source
     graph: Graph
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     dtype: str
+    layers: tuple[int, ...] | None = None
+
+    def of_layers(self, layers: tuple[int, ...] | None) -> "Shape":
+        """The model of some of the decoder layers; None for all.
+
+        Raises:
+            ModelError: its layers would not be those of the original.
+        """
+        if layers is None:
+            return self
+        depth.check_depth(self.source.config, layers, trust_remote_code=self.source.trust_remote_code)
+        names = depth.tensor_names(self.graph, layers, self.tensors)
+        tensors = {new: self.tensors[old] for new, old in names.items()}
+        return replace(self, graph=depth.shortened(self.graph, layers), tensors=tensors, layers=layers)
 
     @property
     def hidden_size(self) -> int:
@@ -51,7 +67,7 @@ class Shape:
         return draft(
             self.graph, recipe, model_name=self.source.name, model_digest=self.source.digest, kept=kept,
             hidden_size=self.hidden_size,
-            specs={name: SPECS[b] for name, b in each.items()}, seed=seed,
+            specs={name: SPECS[b] for name, b in each.items()}, seed=seed, layers=self.layers,
         )  # fmt: skip
 
     def stored(self, plan: Plan) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -68,29 +84,35 @@ def shape_of(source: load.Source) -> Shape:
     return Shape(source, discover(skeleton), cost.named_tensors(skeleton), cost.TORCH_NAMES[load.stored_dtype(source)])
 
 
-def widths_for(shape: Shape, recipe: Recipe, limit_bytes: int) -> widths.Counts:
-    """Units that each group keeps, the most that the recipe and the budget allow.
-
-    Widths are fitted so that the linears can have `mean_bits` on average; where that cannot be, the fewest bits.
-    """
+def stored_sizes(shape: Shape, recipe: Recipe) -> tuple[Callable[[widths.Kept], float], ...]:
+    """Bytes of what is kept when the linears have `mean_bits` on average, and when they have the fewest bits."""
     low, high = recipe.bits[0], recipe.bits[-1]
 
-    def size_at(bits: float) -> Callable[[widths.Counts], float]:
+    def size_at(bits: float) -> Callable[[widths.Kept], float]:
         part = 0.0 if high == low else (bits - low) / (high - low)
 
-        def size(counts: widths.Counts) -> float:
-            kept = widths.first_units(counts)
+        def size(kept: widths.Kept) -> float:
             at = [shape.size(shape.plan(recipe, kept, b)).total for b in (low, high)]
             return at[0] + part * (at[1] - at[0])
 
         return size
 
-    for bits in (min(max(recipe.mean_bits, low), high), low):
-        counts = widths.fit(shape.graph, recipe, size_at(bits), limit_bytes)
+    return tuple(size_at(bits) for bits in (min(max(recipe.mean_bits, low), high), low))
+
+
+def widths_for(shape: Shape, recipe: Recipe, limit_bytes: int) -> widths.Counts:
+    """Units that each group keeps, the most that the recipe and the budget allow, by one kept fraction for all.
+
+    Widths are fitted so that the linears can have `mean_bits` on average; where that cannot be, the fewest bits.
+    """
+    for size in stored_sizes(shape, recipe):
+        fitted = lambda counts, size=size: size(widths.first_units(shape.graph, counts))
+        counts = widths.fit(shape.graph, recipe, fitted, limit_bytes)
         if counts is not None:
             return counts
+    low = recipe.bits[0]
     narrowest = widths.counts(shape.graph, recipe, 0.0 if recipe.shrink_to_fit else recipe.kept)
-    smallest = shape.size(shape.plan(recipe, widths.first_units(narrowest), low))
+    smallest = shape.size(shape.plan(recipe, widths.first_units(shape.graph, narrowest), low))
     parts = sorted(((n, size) for n, size in smallest.parts().items()), key=lambda part: -part[1])
     holding = ", ".join(f"{name} {size:,}" for name, size in parts[:3])
     raise BudgetError(
@@ -98,6 +120,23 @@ def widths_for(shape: Shape, recipe: Recipe, limit_bytes: int) -> widths.Counts:
         f"bytes ({holding}). Give a larger budget, or a recipe with "
         + ("fewer bits, no adapters, or fewer protected layers." if recipe.shrink_to_fit else "a smaller `kept`.")
     )
+
+
+def without_layers(prepared: "Prepared", scores: dict[str, Tensor]) -> tuple["Prepared", dict[str, Tensor]]:
+    """The request for the model of the layers that stay, with the scores of its units; as it was where all stay."""
+    graph, recipe = prepared.shape.graph, prepared.recipe
+    layers = widths.keep_layers(graph, recipe, scores)
+    if layers is None:
+        return prepared, scores
+    shape = prepared.shape.of_layers(layers)
+    counts = widths_for(shape, recipe, prepared.limit_bytes)
+    return replace(prepared, shape=shape, counts=counts), depth.Renaming(graph, layers).of_keys(scores)
+
+
+def any_layers(shape: Shape, recipe: Recipe) -> Shape:
+    """The model of as many layers as stay, whichever: layers of a decoder are mostly alike."""
+    equal = {name: torch.zeros(group.n_units) for name, group in shape.graph.groups.items()}
+    return shape.of_layers(widths.keep_layers(shape.graph, recipe, equal))
 
 
 def limit_of(budget: Budget, source: load.Source) -> int:
@@ -188,7 +227,8 @@ def prepare(
     require_weights(source)
     shape = shape_of(source)
     limit = limit_of(parsed, source)
-    counts = widths_for(shape, recipe, limit)
+    fewer = any_layers(shape, recipe)
+    counts = widths_for(fewer, recipe, limit)
     tokenizer = load.load_tokenizer(source)
     texts = choose_texts(source.name, calibration, search_text, evaluation)
     length = min(recipe.window, source.context_length or recipe.window)
@@ -196,7 +236,8 @@ def prepare(
     def cut(text: Corpus, n: int, fewest: int, seed: int | None = seed) -> Windows:
         return corpus.token_windows(text, tokenizer, length=length, n_windows=n, fewest=fewest, seed=seed)
 
-    forecast = forecast_for(shape, recipe, counts, length, allowed)
+    widest = counts if fewer is shape else widths.counts(shape.graph, recipe, 1.0)
+    forecast = forecast_for(shape, recipe, widest, length, allowed)
     prepared = Prepared(
         shape=shape,
         recipe=recipe,
@@ -242,7 +283,7 @@ def forecast_for(
 def work_for(shape: Shape, recipe: Recipe, counts: widths.Counts, window: int) -> memory.Work:
     whole = None
     if needs_all_in_memory(recipe):
-        kept = widths.first_units(counts)
+        kept = widths.first_units(shape.graph, counts)
         sizes = {bits: shape.size(shape.plan(recipe, kept, bits)) for bits in {16, *recipe.bits}}
         candidates = sum(sizes[bits].linears for bits in recipe.bits if bits < 16)
         whole = 2 * sizes[16].total + candidates + 2 * sizes[16].adapters

@@ -12,6 +12,7 @@ from qpruner.errors import RecipeError, listed
 from qpruner.plan import Recovery, Value
 
 Score = Literal["vector", "element-first", "element-second", "element-mixed", "magnitude", "random"]
+Units = Literal["kv_group", "query_head", "channel", "expert", "residual"]
 Allocation = Literal["uniform", "random", "mutual-information", "sensitivity", "bayesian"]
 
 
@@ -20,11 +21,17 @@ class Recipe(Value):
 
     Pruning
         score: importance of a unit; the four Taylor scores are LLM-Pruner's.
-        kept: fraction of the units that stays in each pruned layer, at most.
+        units: kinds of units that are pruned: kv groups (key/value heads with the query heads that share them), query
+            heads inside kv groups, MLP channels, whole experts, channels of the hidden states.
+        scope: `layer`: every pruned layer keeps the same fraction. `global`: units of all pruned layers compete, by
+            score per stored byte.
+        kept: fraction of the units that stays in each pruned layer, at most; of their bytes in scope `global`.
         shrink_to_fit: prune below `kept` as far as the budget asks for it.
         mean_bits: bits per weight that the pruned linears are to have on average when widths are fitted to the budget;
             what it leaves above the smallest of `bits` is what an allocation can give out.
         kept_per_layer: `kept` of single layers, by index; these are pruned exactly so, even where protected.
+        layers_kept: fraction of the decoder layers that stays at all; those with the lowest scores go before anything
+            else, and the other keys speak of the layers that are left.
         layers: first and last-plus-one decoder layer to prune; without it the protected fractions below decide.
         protect_first, protect_last: fraction of the decoder layers left whole at either end, rounded up.
         width_grid: kept channels are a multiple of this (or all).
@@ -51,10 +58,13 @@ class Recipe(Value):
     description: str = ""
 
     score: Score = "element-mixed"
+    units: tuple[Units, ...] = ("kv_group", "channel")
+    scope: Literal["layer", "global"] = "layer"
     kept: float = Field(default=0.75, gt=0, le=1)
     shrink_to_fit: bool = True
     mean_bits: float = Field(default=16, ge=1, le=16)
     kept_per_layer: dict[int, float] = {}
+    layers_kept: float = Field(default=1, gt=0, le=1)
     layers: tuple[int, int] | None = None
     protect_first: float = Field(default=0.125, ge=0, le=1)
     protect_last: float = Field(default=0.0625, ge=0, le=1)
@@ -87,6 +97,12 @@ class Recipe(Value):
     def _consistent(self) -> "Recipe":
         if list(self.bits) != sorted(set(self.bits)) or not self.bits:
             raise ValueError("bits must be different and ascending, for instance [4, 8]")
+        if not self.units or len(set(self.units)) < len(self.units):
+            raise ValueError("units must be different kinds, one at least, for instance [kv_group, channel]")
+        if self.scope == "global" and self.selection == "llm-pruner":
+            raise ValueError("selection llm-pruner counts the units of each layer, which scope global does not")
+        if self.layers_kept < 1 and (self.layers is not None or self.kept_per_layer):
+            raise ValueError("layers and kept_per_layer number the decoder layers, which layers_kept numbers anew")
         return self
 
     def recovery(self, hidden_size: int) -> Recovery:

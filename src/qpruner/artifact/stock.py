@@ -17,6 +17,7 @@ from qpruner.artifact.config import MODEL_TYPE, QPrunerConfig
 from qpruner.artifact.widths import counts_after, dimensions
 from qpruner.errors import ModelError
 from qpruner.model import cost
+from qpruner.model.depth import shortened_config
 from qpruner.model.graph import Graph
 from qpruner.model.load import UNBUILDABLE, Source, quiet
 from qpruner.model.probe import record
@@ -43,15 +44,16 @@ def configuration(
         architecture: name of the original class.
         dtype: of what is stored in 16 bits.
     """
-    base = source.config.to_dict()
+    original = shortened_config(source.config, plan.layers)
+    base = original.to_dict()
     base |= {"architectures": [architecture], "dtype": str(dtype).removeprefix("torch.")}
     unused = {"_name_or_path"} if source.code else {"_name_or_path", "auto_map"}  # a stock class was used instead
     base = {k: v for k, v in base.items() if k not in unused}
     with quiet():
-        stock = stock_config(source.config, base, graph, plan, expected, trust_remote_code=source.trust_remote_code)
+        stock = stock_config(original, base, graph, plan, expected, trust_remote_code=source.trust_remote_code)
     if stock is not None:
         return stock
-    text = source.config.get_text_config(decoder=True)
+    text = original.get_text_config(decoder=True)
     return QPrunerConfig(base_config=base, architectures=[architecture], dtype=dtype, **dimensions(text, graph, plan))
 
 

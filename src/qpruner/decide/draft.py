@@ -20,8 +20,9 @@ def draft(
     kept: Mapping[str, Sequence[int]],
     specs: Mapping[str, QuantSpec],
     seed: int,
+    layers: tuple[int, ...] | None = None,
 ) -> Plan:
-    """The whole plan. An adapter's rank is the recipe's, and at most 1/32 of the smaller side of its linear."""
+    """The whole plan, for the model of these layers. An adapter's rank is at most 1/32 of its linear's smaller side."""
     ranks = {}
     # LoRA starts at zero and LoftQ corrects rounding: with neither training nor rounding adapters would change nothing.
     begun = recipe.steps > 0 or (recipe.loftq_iterations > 0 and recipe.bits[0] < 16)
@@ -31,6 +32,7 @@ def draft(
     return Plan(
         model_name=model_name,
         model_digest=model_digest,
+        layers=layers,
         kept={name: tuple(units) for name, units in kept.items()},
         specs=dict(specs),
         adapter_ranks=ranks,

@@ -22,13 +22,19 @@ def check_plan(plan: Plan, graph: Graph) -> None:
 
 
 def check_kept(graph: Graph, kept: Mapping[str, Sequence[int]], *, origin: str = "plan") -> None:
-    """Raises PlanError unless `kept` names every group with ascending units that it has, one at least."""
+    """Raises PlanError unless `kept` names every group with ascending units that it has, one at least, and as many in
+    every block of the group."""
     _check_names(kept, graph.groups, origin, "group", "needs its kept units, all of them where nothing is removed")
     for name, units in kept.items():
         n = graph.groups[name].n_units
         place = f"{origin}, group {name!r}"
         if not len(units):
             raise PlanError(f"{place}: keeps no unit. At least one of its {n} has to stay.")
+        if len(units) < graph.groups[name].at_least:
+            raise PlanError(
+                f"{place}: keeps {len(units)} of {n} units, and every token is sent to "
+                f"{graph.groups[name].at_least} of them. Keep as many at least."
+            )
         if beyond := [u for u in units if not 0 <= u < n]:
             raise PlanError(f"{place}: keeps unit(s) {listed(beyond)}, but the units are numbered 0 to {n - 1}.")
         if any(a >= b for a, b in zip(units, units[1:], strict=False)):

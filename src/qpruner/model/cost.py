@@ -15,6 +15,7 @@ from torch import nn
 from qpruner.errors import PlanError, listed
 from qpruner.math.grids import group_count
 from qpruner.model.graph import Graph, LinearSite, Stack
+from qpruner.model.surgery import remaining, remaining_slices
 from qpruner.plan import Plan, QuantSpec
 
 TensorSpec = tuple[str, tuple[int, ...]]
@@ -126,15 +127,11 @@ def weight_tensors(d_out: int, d_in: int, spec: QuantSpec, dense_dtype: str) -> 
 
 def kept_shapes(graph: Graph, kept: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
     """(d_out, d_in) of every linear, and of every expert of a stack, after the cuts."""
-    sites = graph.linears | graph.stacks
-    shapes = {name: [site.d_out, site.d_in] for name, site in sites.items()}
-    for group in graph.groups.values():
-        if cut := sorted(set(range(group.n_units)).difference(kept[group.name])):
-            for axis, tables in enumerate((group.producers, group.consumers)):
-                for name, table in tables.items():
-                    n = graph.stacks[name].n_experts if name in graph.stacks else 1
-                    shapes[name][axis] -= table[cut].unique().numel() // n
-    return {name: (d_out, d_in) for name, (d_out, d_in) in shapes.items()}
+    shapes = {name: (site.d_out, site.d_in) for name, site in (graph.linears | graph.stacks).items()}
+    for name, (rows, columns) in remaining(graph, kept).items():
+        n = graph.stacks[name].n_experts if name in graph.stacks else 1
+        shapes[name] = (len(rows) // n, len(columns) // n)
+    return shapes
 
 
 def stored_tensors(
@@ -164,12 +161,12 @@ def stored_tensors(
         stored[name] = (stored[name][0], stored_shape(stack, d_out, d_in))
         if stack.bias is not None:
             stored[stack.bias] = (stored[stack.bias][0], (stack.n_experts, d_out))
-    for group in graph.groups.values():
-        for name, (dim, table) in group.tensors.items():
-            if name in stored:  # tables that the model makes itself are not
-                lost = table[sorted(set(range(group.n_units)).difference(plan.kept[group.name]))].numel()
-                d, shape = stored[name]
-                stored[name] = (d, (*shape[:dim], shape[dim] - lost, *shape[dim + 1 :]))
+    for name, slices in remaining_slices(graph, plan.kept).items():
+        if name in stored:  # of tied tensors one is; tables that the model makes itself are not
+            d, shape = stored[name]
+            for dim, stay in slices:
+                shape = (*shape[:dim], len(stay), *shape[dim + 1 :])
+            stored[name] = (d, shape)
     return stored
 
 

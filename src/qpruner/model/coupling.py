@@ -80,7 +80,10 @@ def couple(
     unreached = {name: tuple((c < 0).nonzero().flatten().tolist()) for name, c in found.rows.items() if (c < 0).any()}
     for name, rows in unreached.items():
         notes.append(f"{len(rows)} row(s) of {name!r} reach no other linear of the layer and are never removed")
-    return Coupling(tuple(groups), unreached, tuple(notes))
+    alone = lambda g: g.kind == "kv_group" and not around.experts.keys() & (g.producers | g.consumers).keys()
+    own = torch.Generator().manual_seed(0)  # what is found so far does not depend on what more is looked for
+    heads = [query_heads(g, calls, around, found, own) for g in groups if alone(g)]
+    return Coupling((*groups, *filter(None, heads)), unreached, tuple(notes))
 
 
 def taken_apart(calls, leaves, around: Surroundings, generator) -> tuple["Components", list[tuple[Group, str]]]:
@@ -106,8 +109,14 @@ def divisible(assembled: list[tuple[Group, str]]) -> int:
     return sum(group.n_units > 1 for group, _ in assembled)
 
 
-def find_components(calls, leaves: dict[str, Tensor], generator: torch.Generator) -> Components:
-    """Asks every linear input what it depends on; most depend on no producer, and one derivative says so."""
+def find_components(
+    calls, leaves: dict[str, Tensor], generator: torch.Generator, among: dict[str, Tensor] | None = None
+) -> Components:
+    """Asks every linear input what it depends on; most depend on no producer, and one derivative says so.
+
+    Args:
+        among: the rows of each leaf to look at, all by default; the others are in no component.
+    """
     sizes = {name: leaf.shape[-1] for name, leaf in leaves.items()}
     label = torch.arange(sum(sizes.values()))
     numbers = dict(zip(leaves, label.clone().split(list(sizes.values())), strict=True))
@@ -118,7 +127,8 @@ def find_components(calls, leaves: dict[str, Tensor], generator: torch.Generator
         if hit:
             for n, early in earlier_rows(x, hit, generator).items():
                 mixing[n] |= early
-            label, witness[name] = join_columns(x, hit, torch.cat([numbers[n] for n in hit]), label, generator)
+            masks = None if among is None else torch.cat([among[n] for n in hit])
+            label, witness[name] = join_columns(x, hit, torch.cat([numbers[n] for n in hit]), label, generator, masks)
     touched_labels = torch.cat(
         [torch.empty(0, dtype=torch.int64), *(label[w[w >= 0]] for w in witness.values())]
     ).unique()
@@ -133,7 +143,12 @@ def find_components(calls, leaves: dict[str, Tensor], generator: torch.Generator
 
 
 def join_columns(
-    x: Tensor, leaves: dict[str, Tensor], numbers: Tensor, label: Tensor, generator: torch.Generator
+    x: Tensor,
+    leaves: dict[str, Tensor],
+    numbers: Tensor,
+    label: Tensor,
+    generator: torch.Generator,
+    among: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Joins the rows that a column of x depends on, for every column; also returns one of these rows per column.
 
@@ -143,13 +158,15 @@ def join_columns(
 
     Args:
         numbers: the number that each row of the leaves has in `label`.
+        among: which rows count; all by default.
     """
+    counted = lambda hits: torch.cat([over_tokens(h) for h in hits], 1) & (True if among is None else among)
     d_in = x.shape[-1]
     block = torch.arange(d_in) // BLOCK
     coarse, seen = torch.arange(len(numbers)), torch.full((int(block[-1]) + 1,), -1)
     readers = torch.zeros(len(numbers), dtype=torch.int64)
     for first, hits in touched(x, leaves, block, generator):
-        hits = torch.cat([over_tokens(h) for h in hits], 1)
+        hits = counted(hits)
         blocks, rows = hits.nonzero(as_tuple=True)
         coarse = join(coarse, blocks, rows)
         seen[blocks + first] = rows
@@ -166,7 +183,7 @@ def join_columns(
     place[apart < 0] = -1
     witness = torch.full((d_in,), -1)
     for first, hits in touched(x, leaves, place, generator):
-        places, rows = torch.cat([over_tokens(h) for h in hits], 1).nonzero(as_tuple=True)
+        places, rows = counted(hits).nonzero(as_tuple=True)
         columns = order[torch.searchsorted(in_order, coarse[rows]) + places + first]
         witness[columns] = numbers[rows]
         label = join(label, columns, numbers[rows])
@@ -332,6 +349,41 @@ def of_all_experts(group: Group, experts: dict[str, tuple[int, int, int]]) -> Gr
         producers=widened(group.producers, 1),
         consumers=widened(group.consumers, 2),
         n_blocks=group.n_blocks * n if dim == 0 else group.n_blocks,
+    )
+
+
+def query_heads(group: Group, calls, around: Surroundings, found: Components, generator) -> Group | None:
+    """The query heads inside the kv groups of a layer, in a block for each; None unless all have several, all alike.
+
+    They are the components of the rows that stay at their own token, which keys and values do not, and of the columns
+    that depend on those rows.
+    """
+    among = {}
+    for name, rows in group.producers.items():
+        among[name] = ~found.mixing[name]
+        among[name][~torch.isin(torch.arange(len(among[name])), rows)] = False
+    leaves = {name: calls[name][1] for name, rows in among.items() if rows.any()}
+    readers = {name: calls[name] for name in group.consumers}
+    inner = find_components(readers, leaves, generator, among)
+    sets = alike(inner)
+    if len(sets) != 1 or group.n_blocks > 1:
+        return None
+    heads, why_whole = assemble(sets[0], inner, readers, around, generator)
+    name, columns = next(iter(heads.consumers.items()))
+    owner = (group.consumers[name][..., None] == columns[:, 0]).any(1).long().argmax(0)
+    per_group = len(owner) // group.n_units
+    mixed_up = len(found.columns[name][columns].unique()) != group.n_units  # kv groups were merged into one unit
+    if why_whole or mixed_up or per_group < 2 or (owner.bincount(minlength=group.n_units) != per_group).any():
+        return None
+    order = owner.argsort(stable=True)
+    return replace(
+        heads,
+        name=f"{group.name}.query_heads",
+        kind="query_head",
+        producers={name: rows[order] for name, rows in heads.producers.items()},
+        consumers={name: columns[order] for name, columns in heads.consumers.items()},
+        n_blocks=group.n_units,
+        tensors={name: (dim, slices[order]) for name, (dim, slices) in heads.tensors.items()},
     )
 
 

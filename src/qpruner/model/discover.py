@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from qpruner.errors import listed
 from qpruner.model.coupling import Coupling, Surroundings, couple
 from qpruner.model.graph import Graph, Group, LinearSite, Projection, Stack
+from qpruner.model.mixture import expert_groups
 from qpruner.model.probe import HIDDEN_STATES, Escapes, Recording, escapes_of, record, spans
+from qpruner.model.residual import Roles, residual_group, roles_in
 from qpruner.model.skeleton import linear_sites
 
 # An integer that only says which layer this is does not make the layer different from its neighbours.
@@ -25,6 +27,8 @@ RIGID = {
     "xLSTMLayer": "its state has the width that the configuration gives, for all layers at once",
     "RwkvSelfAttention": "its state has the width that the configuration gives, for all layers at once",
 }
+
+INNER = ("query_head", "expert", "residual")  # kinds that share linears with those of others, and come after them
 
 
 def discover(model: nn.Module) -> Graph:
@@ -45,8 +49,8 @@ def _discover(model: nn.Module) -> Graph:
     sites = linear_sites(model)
     escapes = escapes_of(run)
     stacks = stacks_of(run, sites)
-    known: dict[tuple, Coupling] = {}
-    groups, unreached, layers_of_note = {}, {}, defaultdict(list)
+    known: dict[tuple, tuple[Coupling, Roles]] = {}
+    groups, unreached, layers_of_note, roles = {}, {}, defaultdict(list), []
     for i, layer in enumerate(run.layers):
         inner = lambda named, layer=layer: {n.removeprefix(f"{layer}."): v for n, v in named.items()}
         calls, values = run.calls(layer), run.values(layer)
@@ -61,24 +65,55 @@ def _discover(model: nn.Module) -> Graph:
         key += shape_of(run.model.get_submodule(layer))
         if key not in known:
             relative = Surroundings(*map(inner, vars(around).values()))
-            known[key] = couple(inner(calls), relative, set(inner(dict.fromkeys(beyond))), run.generator)
-        for group in known[key].groups:
+            alone = set(inner(dict.fromkeys(beyond)))
+            known[key] = (
+                couple(inner(calls), relative, alone, run.generator),
+                stream_roles(run, i, sites, stacks, alone),
+            )
+        coupling, role = known[key]
+        roles.append(role)
+        for group in coupling.groups:
             group = placed(group, layer, i)
             groups[group.name] = group
-        unreached |= {f"{layer}.{name}": rows for name, rows in known[key].unreached.items()}
+        unreached |= {f"{layer}.{name}": rows for name, rows in coupling.unreached.items()}
         here = {name: site for name, site in sites.items() if site.layer == i}
-        for note in (*known[key].notes, *whole(run, inner(here), inner(values), layer, stacks)):
+        for note in (*coupling.notes, *whole(run, inner(here), inner(values), layer, stacks)):
             layers_of_note[note].append(i)
+    experts, without = expert_groups(model, sites, stacks)
+    groups |= {group.name: group for group in experts}
+    for i, path, reason in without:
+        name = path.removeprefix(f"{run.layers[i]}.")
+        layers_of_note[f"{name!r}: {reason}, so no expert of it is ever left out whole"].append(i)
+    residual, why_not = residual_group(run, sites | stacks, roles)
+    if residual:
+        groups[residual.name] = residual
+    notes = [f"{note} (in decoder layers {spans(layers)})" for note, layers in layers_of_note.items()]
     return Graph(
         layers=run.layers,
         linears=sites,
-        groups=groups,
+        groups={name: g for part in (False, True) for name, g in groups.items() if (g.kind in INNER) == part},
         projections=projections(run, sites, groups),
         stacks=stacks,
         unreached=unreached,
-        notes=tuple(f"{note} (in decoder layers {spans(layers)})" for note, layers in layers_of_note.items()),
+        notes=(*notes, why_not) if why_not else tuple(notes),
         exchanges=escapes.exchanges,
     )
+
+
+def stream_roles(
+    run: Recording, index: int, sites: dict[str, LinearSite], stacks: dict[str, Stack], beyond: set[str]
+) -> Roles:
+    """Who takes part in the hidden states of a layer, or why that cannot be said."""
+    layer, biases = run.layers[index], {stack.bias for stack in stacks.values()}
+    inner = lambda named: {n.removeprefix(f"{layer}."): v for n, v in named.items()}
+    calls, values = inner(run.calls(layer)), inner({n: v for n, v in run.values(layer).items() if n not in biases})
+    members = {name: 0 for name in (*sites, *run.uses) if name.startswith(f"{layer}.")}
+    if unclear := [name for name in inner(members) if name not in calls]:
+        return Roles(why_not=f"{unclear[0]!r} was not used once as a whole")
+    if HIDDEN_STATES not in run.given.get(layer, {}):
+        return Roles(why_not="it is not seen what they are")
+    own = torch.Generator().manual_seed(0)  # what else is found does not depend on whether this was asked
+    return roles_in(calls, run.given[layer][HIDDEN_STATES], run.outputs[index], values, beyond, own)
 
 
 def stacks_of(run: Recording, sites: dict[str, LinearSite]) -> dict[str, Stack]:
@@ -183,7 +218,7 @@ def whole(run: Recording, linears: dict, values: dict, layer: str, stacks: dict[
 
 def projections(run: Recording, sites: dict[str, LinearSite], groups: dict[str, Group]) -> tuple[Projection, ...]:
     """Linears that read the same tensor and produce the same group, together; every other linear by itself."""
-    produced = {name: group.name for group in groups.values() for name in group.producers}
+    produced = {name: g.name for g in groups.values() if g.kind not in INNER for name in g.producers}
     together = defaultdict(list)
     for name in sites:
         if name in produced:

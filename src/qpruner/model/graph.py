@@ -58,7 +58,9 @@ class Group:
     layer: -1 for a group of the whole model.
     module: path of the smallest module that contains every producer and consumer.
     n_blocks: units come in so many blocks of equal size, one after the other; every block keeps equally many.
-    tensors: other parameters and buffers that lose slices with a unit, such as the weights of norms.
+    tensors: other parameters and buffers that lose slices with a unit, such as the weights of norms. Of whole experts
+        the stacks are among them: they lose all rows and columns of a unit as one slice.
+    at_least: units that have to stay, such as the experts that a token is sent to.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Group:
     n_blocks: int = 1
     # name -> dimension, (n_units, slices per unit)
     tensors: dict[str, tuple[int, Tensor]] = field(default_factory=dict)
+    at_least: int = 1
 
     @property
     def n_units(self) -> int:

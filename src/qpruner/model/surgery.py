@@ -4,11 +4,13 @@ What follows a cut besides weights is data, in the tables below: attributes that
 arguments that carry a value per head.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from inspect import isfunction, signature, unwrap
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from qpruner.errors import ModelError
 from qpruner.model.check import check_kept
@@ -16,8 +18,9 @@ from qpruner.model.graph import Graph, Group, LinearSite, Stack
 from qpruner.model.skeleton import linear_dims
 
 # Attributes of a module that calls a cut linear, and fields of its configuration, that its forward reads as counts.
-# They shrink as the number of units does. Not here, because they do not change: head_dim, num_key_value_groups (whole
-# kv groups go), and what only __init__ reads (mostly embed_dim, hidden_size: see HEADS_WIDTHS).
+# They shrink as the number of units in a block does. Not here, because they do not change: head_dim,
+# num_key_value_groups where whole kv groups go, and what only __init__ reads (mostly embed_dim, hidden_size: see
+# HEADS_WIDTHS).
 COUNTS = {
     "kv_group": (
         "num_heads",
@@ -28,11 +31,14 @@ COUNTS = {
         "n_heads",
         "split_size",
     ),
+    "query_head": ("num_heads", "num_attention_heads", "num_key_value_groups", "n_head", "n_heads"),
     "channel": ("intermediate_size", "ffn_dim", "n_inner"),
+    "expert": ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts"),
 }
 # Attributes of an attention that are the width of all its heads together, if its code reads them and they equal it.
 HEADS_WIDTHS = ("hidden_size", "embed_dim", "inner_dim", "all_head_size", "attn_dim", "kv_projection_size")
 HEAD_KINDS = ("kv_group", "query_head")
+STREAM_WIDTHS = ("hidden_dim", "hidden_size")
 QUERY_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 
 # Arguments in which a model hands its attention one value per head, made for all its heads: (batch * heads, ...) or
@@ -61,9 +67,13 @@ def narrow_(model: nn.Module, graph: Graph, kept: Mapping[str, Sequence[int]]) -
         else:
             _check_whole_stack(model, graph.stacks[name])
     for group in graph.groups.values():
-        if len(kept[group.name]) < group.n_units:
+        if group.kind == "kv_group" and cuts.keys() & group.consumers:
             for path in modules_of(group):
-                _keep_head_values_(modules[path], group, kept[group.name])
+                _keep_head_values_(modules[path], group, cuts)
+        if group.kind == "residual" and len(kept[group.name]) < group.n_units:
+            _set_stream_widths_(modules, group, len(kept[group.name]))
+        if group.kind in COUNTS and len(kept[group.name]) < group.n_units:
+            for path in modules_of(group):
                 _recount_(modules[path], group, len(kept[group.name]))
         for name in group.consumers.keys() & cuts.keys() if group.kind in HEAD_KINDS else ():
             site = graph.linears.get(name) or graph.stacks[name]
@@ -96,6 +106,8 @@ def remaining(graph: Graph, kept: Mapping[str, Sequence[int]]) -> dict[str, tupl
         if gone.any():
             for side, (stay, tables) in enumerate(((rows, group.producers), (columns, group.consumers))):
                 for name, table in tables.items():
+                    if group.kind == "expert" and name in graph.stacks:  # a slice of the stack goes instead
+                        continue
                     stay.setdefault(name, torch.ones(size[name][side], dtype=torch.bool))[table[gone]] = False
     where = lambda stay, name, n: stay[name].nonzero().flatten() if name in stay else torch.arange(n)
     return {
@@ -127,11 +139,23 @@ def cuts_of(graph: Graph, kept: Mapping[str, Sequence[int]]) -> dict[str, tuple[
         cuts[weight] = ((first + dims[0], rows), (first + dims[1], columns))
         if bias:
             cuts[bias] = ((first, rows),)
-    for group in graph.groups.values():
-        if len(kept[group.name]) < group.n_units:
-            for name, (dim, table) in group.tensors.items():
-                cuts[name] = ((dim, table[list(kept[group.name])].flatten().sort()[0]),)
+    for name, slices in remaining_slices(graph, kept).items():
+        cuts[name] = (*cuts.get(name, ()), *slices)  # an expert goes after channels of it
     return cuts
+
+
+def remaining_slices(graph: Graph, kept: Mapping[str, Sequence[int]]) -> dict[str, tuple[tuple[int, Tensor], ...]]:
+    """Dimensions and slices that stay, ascending, of every tensor that loses some by `Group.tensors`."""
+    members, gone, found = defaultdict(set), defaultdict(set), defaultdict(tuple)
+    for group in graph.groups.values():
+        cut = sorted(set(range(group.n_units)).difference(kept[group.name]))
+        for name, (dim, table) in group.tensors.items():
+            members[name, dim] |= set(table.flatten().tolist())
+            gone[name, dim] |= set(table[cut].flatten().tolist())
+    for (name, dim), slices in gone.items():
+        if slices:
+            found[name] += ((dim, torch.tensor(sorted(members[name, dim] - slices))),)
+    return dict(found)
 
 
 def names_of(site: LinearSite | Stack) -> tuple[str, str | None]:
@@ -182,18 +206,27 @@ def _cut_(model: nn.Module, graph: Graph, cuts: Mapping[str, Sequence[tuple[int,
         if cut is not data:
             parameter = isinstance(whole, nn.Parameter)  # else it is a table that the model keeps, such as of slopes
             setattr(module, attribute, nn.Parameter(cut, requires_grad=whole.requires_grad) if parameter else cut)
-    for name in {name.rpartition(".")[0] for name in cuts} & graph.linears.keys():
-        module, site = model.get_submodule(name), graph.linears[name]
-        first, second = module.weight.shape
-        if site.transposed:
-            module.nf, module.nx = second, first
-        else:
-            module.out_features, module.in_features = first, second
+    for path in {name.rpartition(".")[0] for name in cuts}:
+        _follow_shapes_(model.get_submodule(path))
+    if cuts.keys() & (getattr(model, "all_tied_weights_keys", None) or {}).keys():
+        model.tie_weights()
+
+
+def _follow_shapes_(module: nn.Module) -> None:
+    """What a linear, an embedding or a norm knows of the shape of its weight."""
+    if isinstance(module, Conv1D):
+        module.nx, module.nf = module.weight.shape
+    elif isinstance(getattr(module, "in_features", None), int):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = module.weight.shape[1]
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = tuple(module.weight.shape)
 
 
 def _recount_(module: nn.Module, group: Group, n_kept: int) -> None:
     """Lets counts follow, on a module and in the view that it gets of its configuration."""
-    by_block = group.n_blocks if group.kind == "channel" else 1
+    by_block = group.n_blocks if group.kind in ("channel", "query_head") else 1
     n_units, n_kept = group.n_units // by_block, n_kept // by_block
     for name, value in _counting(vars(module), group).items():
         if value % n_units:
@@ -206,9 +239,17 @@ def _recount_(module: nn.Module, group: Group, n_kept: int) -> None:
         module.config = LayerConfig(config, counts)
 
 
+def _set_stream_widths_(modules: Mapping[str, nn.Module], group: Group, n_kept: int) -> None:
+    """Where a router or the like knows how wide the hidden states are that it reads."""
+    for path in {name.rpartition(".")[0] for name in group.tensors}:
+        for name in STREAM_WIDTHS:
+            if vars(modules[path]).get(name) == group.n_units:
+                setattr(modules[path], name, n_kept)
+
+
 def _counting(values: Mapping, group: Group) -> dict[str, int]:
     counts = {name: values[name] for name in COUNTS[group.kind] if isinstance(values.get(name), int)}
-    if group.kind == "channel":  # a module may hold other widths too, those of experts for example
+    if group.kind in ("channel", "expert"):  # a module may hold other widths too, those of experts for example
         return {name: value for name, value in counts.items() if value * group.n_blocks == group.n_units}
     return counts
 
@@ -234,14 +275,14 @@ class LayerConfig:
         return getattr(self._config, name)
 
 
-def _keep_head_values_(module: nn.Module, group: Group, kept: Sequence[int]) -> None:
+def _keep_head_values_(module: nn.Module, group: Group, cuts: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     """Where an attention is handed values per head, the kept heads keep their own, such as their ALiBi slopes."""
-    arguments = signature(module.forward).parameters.keys()
-    n_heads = _n_heads(module)
-    if group.kind != "kv_group" or not n_heads or not arguments & {*PER_HEAD_ARGUMENTS, *PERHAPS_PER_HEAD_ARGUMENTS}:
+    arguments, n_heads = signature(module.forward).parameters.keys(), _n_heads(module)
+    handed = arguments & {*PER_HEAD_ARGUMENTS, *PERHAPS_PER_HEAD_ARGUMENTS}
+    if not n_heads or not handed or len(group.consumers) > 1:
         return
-    (columns,) = group.consumers.values()
-    heads = (columns[list(kept)] * n_heads // columns.numel()).unique()
+    ((name, columns),) = group.consumers.items()
+    heads = (cuts[name][1] * n_heads // columns.numel()).unique()
     module.register_forward_pre_hook(KeptHeads(n_heads, heads), with_kwargs=True)
 
 

@@ -30,7 +30,13 @@ DARK = {
 }
 CATEGORICAL = ((BLUE, "circle"), (ORANGE, "square"), (GREEN, "diamond"), (PINK, "triangle-up"), (GOLD, "cross"))
 PART_COLOURS = {"linears": BLUE, "embeddings": GREEN, "other": PINK, "adapters": ORANGE, "headers": MUTED}
-KINDS = {"kv_group": "attention: kv groups", "channel": "MLP: channels"}
+KINDS = {
+    "kv_group": "attention: kv groups",
+    "query_head": "attention: query heads inside kv groups",
+    "channel": "MLP: channels",
+    "expert": "MLP: whole experts",
+    "residual": "hidden states: channels",
+}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from qpruner.errors import OutputError
 from qpruner.plan import Value as PlanValue
+from qpruner.recipe import Units
 
 MAX_POINTS = 100  # of one curve of sorted scores
 
@@ -174,11 +175,11 @@ def summarise_scores(scores: Iterable[float], kept: Iterable[int], *, max_points
 
 
 class Importance(Value):
-    """Unit scores of one group, and which units stay."""
+    """Unit scores of one group, and which units stay. layer: -1 for a group of the whole model."""
 
     group: str
     layer: int
-    kind: Literal["kv_group", "channel"]
+    kind: Units
     curve: ScoreCurve
 
 

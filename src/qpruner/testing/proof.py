@@ -41,6 +41,7 @@ EXACT = 1e-9
 ROUNDED = 1e-4  # for a model that rounds to float32 inside: 2**-24, times what depth and recurrences make of it
 LARGEST = 10**8  # parameters of a model that is still called tiny
 DTYPES = {torch.float64: "F64", torch.float32: "F32"}
+ZEROED = ("kv_group", "query_head", "channel")  # kinds whose removal is zeros in the columns of consumers
 ARTIFACT, LOGITS = "artifact", "logits.pt"
 
 
@@ -241,12 +242,12 @@ def load_fault(folder: Path) -> str:
 
 
 def random_kept(graph: Graph, seed: int) -> dict[str, list[int]]:
-    """Random units of every group, different in every layer: at least one of each block, and not all where possible."""
+    """Random units of every group that zeros can stand for: at least one of each block, and not all where possible."""
     rng = random.Random(seed)
     kept = {}
     for name, group in graph.groups.items():
         size = group.n_units // group.n_blocks
-        n = rng.randint(1, max(1, size - 1))
+        n = rng.randint(1, max(1, size - 1)) if group.kind in ZEROED else size
         blocks = [rng.sample(range(b * size, (b + 1) * size), n) for b in range(group.n_blocks)]
         kept[name] = sorted(unit for block in blocks for unit in block)
     return kept
