@@ -36,9 +36,10 @@ from qpruner.judge.speed import measure_in_fresh_process
 from qpruner.model import adapters, checkpoint, cost, depth, load
 from qpruner.model.scratch import Scratch
 from qpruner.model.skeleton import build_skeleton
-from qpruner.model.stream import Pace, Stream
+from qpruner.model.stream import Pace
 from qpruner.model.surgery import narrow_
 from qpruner.model.tensors import Cut, Named, Renamed, Stored
+from qpruner.model.whole import Streamable, opened
 from qpruner.plan import SPECS, Plan
 from qpruner.prepare import EVALUATION_BATCH, Prepared, evaluation_batch, stored_sizes, without_layers
 from qpruner.progress import OnProgress
@@ -137,10 +138,11 @@ class Compression:
 
     # --- models ------------------------------------------------------------------------------------------------------
 
-    def _original(self) -> Stream:
-        return open_stream(self.shape.source, dtype=self._precision, **self._where())
+    def _original(self) -> Streamable:
+        graph = self.graph if self.shape.layers is None else None
+        return open_stream(self.shape.source, graph=graph, dtype=self._precision, **self._where())
 
-    def _pruned(self, kept: dict, dtype: torch.dtype = torch.float32) -> Stream:
+    def _pruned(self, kept: dict, dtype: torch.dtype = torch.float32) -> Streamable:
         source, layers = self.shape.source, self.shape.layers
         trust = {"trust_remote_code": source.trust_remote_code}
         model = build_skeleton(depth.shortened_config(source.config, layers), **trust)
@@ -149,7 +151,7 @@ class Compression:
             Named(original, Stored.of(source.folder)), depth.original_names(self.graph, layers, model.state_dict())
         )
         narrow_(model, self.graph, kept)
-        return Stream(model, Cut(whole, self.graph, kept), dtype=dtype, **self._where())
+        return opened(model, Cut(whole, self.graph, kept), self.graph, dtype=dtype, **self._where())
 
     def _where(self) -> dict:
         device = "cuda" if torch.cuda.is_available() and not self.prepared.in_memory else "cpu"
@@ -356,7 +358,7 @@ class Compression:
 
     # --- judging -----------------------------------------------------------------------------------------------------
 
-    def _judged(self, stream: Stream, scratch: Scratch, which: str) -> judge.Streamed:
+    def _judged(self, stream: Streamable, scratch: Scratch, which: str) -> judge.Streamed:
         return judge.Streamed(stream, scratch, self._progress(f"judging the {which}"))
 
     @property

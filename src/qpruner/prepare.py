@@ -277,7 +277,8 @@ def forecast_for(
 ) -> memory.Forecast:
     """Peak memory of every stage, and whether all layers may stay in memory; refused where a stage needs more."""
     sizes = memory.Sizes(shape.tensors, shape.graph)
-    return memory.forecast(sizes, work_for(shape, recipe, counts, window), shape.hidden_size, limit=limit)
+    work = work_for(shape, recipe, counts, window)
+    return memory.forecast(sizes, work, shape.hidden_size, exchanges=shape.graph.exchanges, limit=limit)
 
 
 def work_for(shape: Shape, recipe: Recipe, counts: widths.Counts, window: int) -> memory.Work:

@@ -16,6 +16,7 @@ from qpruner.errors import ModelError, listed
 from qpruner.model import adapters
 from qpruner.model.check import check_plan
 from qpruner.model.discover import discover
+from qpruner.model.graph import Graph
 from qpruner.model.packed import PackedLinear
 from qpruner.model.skeleton import build_skeleton
 from qpruner.model.surgery import narrow_
@@ -59,7 +60,7 @@ class QPrunerForCausalLM:
 
 
 def assemble(folder: Path, config: QPrunerConfig, *, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
-    model = shell(folder, config, trust_remote_code=trust_remote_code)
+    model, _ = shell(folder, config, trust_remote_code=trust_remote_code)
     _fill_(model, load_file(folder / WEIGHTS), dtype, folder)
     if (folder / ADAPTER).is_dir():
         adapters.load_adapters_(model, folder / ADAPTER)
@@ -69,8 +70,8 @@ def assemble(folder: Path, config: QPrunerConfig, *, dtype: torch.dtype, trust_r
     return model.eval()
 
 
-def shell(folder: Path, config: QPrunerConfig, *, trust_remote_code: bool = False) -> nn.Module:
-    """The model that the folder's plan makes of the original, without weights and adapters."""
+def shell(folder: Path, config: QPrunerConfig, *, trust_remote_code: bool = False) -> tuple[nn.Module, Graph]:
+    """The model that the folder's plan makes of the original, without weights and adapters; the original's graph."""
     plan = Plan.read(folder / PLAN)
     original = config.original(folder, trust_remote_code=trust_remote_code)
     model = build_skeleton(original, trust_remote_code=trust_remote_code)
@@ -78,7 +79,7 @@ def shell(folder: Path, config: QPrunerConfig, *, trust_remote_code: bool = Fals
     check_plan(plan, graph)
     narrow_(model, graph, plan.kept)
     put_packed_(model, plan)
-    return model
+    return model, graph
 
 
 def put_packed_(model: nn.Module, plan: Plan) -> None:

@@ -163,16 +163,17 @@ def activation_watch(stream: Streamable, graph: Graph, n_windows: int) -> Watch:
     def watch(layer: int) -> Iterator[Callable[[], dict[str, Tensor]]]:
         sites = [site for site in sites_of(graph, layer) if isinstance(site, LinearSite)]
         names = [site.name for site in sites]
-        sums = {key_of(s.name, dim): torch.zeros(n) for s in sites for dim, n in enumerate((s.d_in, s.d_out))}
+        sums: dict[str, Tensor] = {}
 
         def multiply(key: str, value: Tensor, of: Tensor) -> None:
             """Adds `value` times the gradient of `of`, once that is there."""
 
             def hook(gradient: Tensor) -> None:
                 product = taylor.first_order_of_activations(value.flatten(0, -2), gradient.flatten(0, -2))
-                sums[key] = sums[key].to(product) + product / n_windows
+                sums[key] = sums.get(key, 0.0) + product / n_windows
 
-            of.register_hook(hook)
+            if of.requires_grad:  # not what only chooses, such as an index of tokens
+                of.register_hook(hook)
 
         def before(name: str):
             def hook(module: nn.Module, args: tuple) -> tuple:
@@ -183,9 +184,10 @@ def activation_watch(stream: Streamable, graph: Graph, n_windows: int) -> Watch:
             return hook
 
         def after(name: str):
-            def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            def hook(module: nn.Module, args: tuple, output) -> None:
                 bias = getattr(module, "bias", None)
-                multiply(key_of(name, 1), (output if bias is None else output - bias).detach(), output)
+                if isinstance(output, Tensor):  # a router may be a linear that returns more
+                    multiply(key_of(name, 1), (output if bias is None else output - bias).detach(), output)
 
             return hook
 
@@ -194,7 +196,8 @@ def activation_watch(stream: Streamable, graph: Graph, n_windows: int) -> Watch:
                 module = stream.model.get_submodule(name)
                 stack.callback(module.register_forward_pre_hook(before(name)).remove)
                 stack.callback(module.register_forward_hook(after(name)).remove)
-            yield lambda: {key: value.abs() for key, value in sums.items()}
+            none = {key_of(s.name, dim): torch.zeros(n) for s in sites for dim, n in enumerate((s.d_in, s.d_out))}
+            yield lambda: none | {key: value.abs() for key, value in sums.items()}
 
     return watch
 

@@ -10,7 +10,7 @@ were measured on the CPU.
 import math
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -80,10 +80,13 @@ class Sizes:
         self.n_units, self.n_layers = len(graph.projections), len(inside)
 
 
-def forecast(sizes: Sizes, work: Work, hidden_size: int, *, limit: int | None = None) -> Forecast:
+def forecast(
+    sizes: Sizes, work: Work, hidden_size: int, *, exchanges: Sequence[str] = (), limit: int | None = None
+) -> Forecast:
     """Whether all layers may stay in memory, and what each stage will take.
 
     Args:
+        exchanges: why layers cannot run one at a time, as in `Graph`; none for most models.
         limit: bytes for the whole process; without one, nine tenths of what is free on the machine.
     Raises:
         MemoryLimitError: a stage cannot do with so little.
@@ -93,6 +96,12 @@ def forecast(sizes: Sizes, work: Work, hidden_size: int, *, limit: int | None = 
     in_memory = stages_of(sizes, work, hidden_size, resident=True)
     if max(in_memory.values()) <= limit:
         return Forecast(in_memory, True, limit)
+    if exchanges:
+        stage, needed = max(in_memory.items(), key=lambda item: item[1])
+        raise MemoryLimitError(
+            f"{stage} takes about {needed / 2**30:.2f} GiB, and {limit / 2**30:.2f} GiB are allowed. This model has "
+            f"to fit in memory: {exchanges[0]}."
+        )
     streamed = stages_of(sizes, work, hidden_size, resident=False)
     stage, needed = max(streamed.items(), key=lambda item: item[1])
     if needed > limit:

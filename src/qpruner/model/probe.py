@@ -50,7 +50,9 @@ class Recording:
     misread: those whose weight took part in more than products with the whole of it, or is shared.
     made_up: leaves for the weights of which parts were read, where there was no room for the whole.
     given: leaves for what each decoder layer is given, its hidden states and what else has a value for every token.
-    received: what else than hidden states each decoder layer is given. outputs: the hidden states it returns.
+    inputs: the hidden states that each decoder layer is given. received: what else. outputs: the ones it returns.
+    extras: other tensors that layers returned. handed: layers that were given one of those.
+    embeddings: what the first layer's hidden states are made of, if the model runs on that. ends: what the head reads.
     """
 
     layers: tuple[str, ...]
@@ -61,8 +63,13 @@ class Recording:
     uses: dict[str, Use] = field(default_factory=dict)
     made_up: dict[str, Tensor] = field(default_factory=dict)
     given: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    inputs: list[Tensor] = field(default_factory=list)
     received: list[list[Tensor]] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
+    extras: list[Tensor] = field(default_factory=list)
+    handed: list[str] = field(default_factory=list)
+    embeddings: Tensor | None = None
+    ends: list[Tensor] = field(default_factory=list)
 
     def answer(self, product: Product) -> Tensor:
         if product.expert is not None:
@@ -123,13 +130,17 @@ def record(model: nn.Module) -> Recording:
     for path in run.layers:
         layer = twin.get_submodule(path)
         layer.register_forward_pre_hook(starts_afresh(run, path), with_kwargs=True)
-        layer.register_forward_hook(lambda _, __, output: run.outputs.append(hidden_states(output)))
+        layer.register_forward_hook(lambda _, __, output: note_output(run, output))
+    if head := twin.get_output_embeddings():
+        head.register_forward_pre_hook(lambda _, args: run.ends.append(args[0]))
     embeddings = torch.randn(1, TOKENS, twin.get_input_embeddings().embedding_dim, generator=generator)
+    run.embeddings = embeddings.requires_grad_()
     try:
-        run_on(run, inputs_embeds=embeddings)
+        run_on(run, inputs_embeds=embeddings.clone())
     except ModelError:
         raise
     except Exception as error:  # whatever a model's own code raises
+        run.embeddings = None
         try:  # some look tokens up more than once
             run_on(run, input_ids=torch.arange(3, 3 + TOKENS)[None])
         except Exception:
@@ -140,8 +151,9 @@ def record(model: nn.Module) -> Recording:
 
 
 def run_on(run: Recording, **inputs: Tensor) -> None:
-    for found in (run.uses, run.made_up, run.given, run.received, run.outputs):
+    for found in (run.uses, run.made_up, run.given, run.inputs, run.received, run.outputs, run.extras, run.handed):
         found.clear()
+    run.ends.clear()
     run.model(**inputs, use_cache=False)
 
 
@@ -220,6 +232,9 @@ def starts_afresh(run: Recording, layer: str):
         named = dict(enumerate(args)) | kwargs
         given = {name: value for name, value in named.items() if isinstance(value, Tensor)}
         states = given.get("hidden_states", next(iter(given.values())))
+        if any(value is extra for value in given.values() for extra in run.extras):
+            run.handed.append(layer)
+        run.inputs.append(states.detach().clone())
         run.received.append([v for v in given.values() if v.requires_grad and v is not states])
         leaves = run.given.setdefault(layer, {})
         for name, value in given.items():
@@ -232,6 +247,12 @@ def starts_afresh(run: Recording, layer: str):
         return tuple(named.pop(i) for i in range(len(args))), named
 
     return hook
+
+
+def note_output(run: Recording, output) -> None:
+    run.outputs.append(hidden_states(output))
+    if isinstance(output, tuple | list):
+        run.extras += [value for value in output[1:] if isinstance(value, Tensor)]
 
 
 def hidden_states(output) -> Tensor:
@@ -266,8 +287,28 @@ def escapes_of(run: Recording) -> Escapes:
             exchanges.append(
                 f"decoder layer {run.layers.index(layer)} reads more of layer {spans(others)} than hidden states"
             )
+    exchanges += changed_between(run)
     unclear = [x for name, use in run.uses.items() if not run.separable(name) for x, _ in use.all_calls]
     return Escapes(names | reached_by(unclear), into, tuple(exchanges))
+
+
+def changed_between(run: Recording) -> list[str]:
+    """Sentences about hidden states that are not handed from layer to layer as they are, one row for each text."""
+    found = [
+        f"hidden states are changed between decoder layers {i} and {i + 1}"
+        for i, (given, taken) in enumerate(zip(run.outputs, run.inputs[1:], strict=False))
+        if given.shape != taken.shape or not torch.equal(given, taken)
+    ]
+    found += [f"decoder layer {run.layers.index(layer)} is given what another returned" for layer in run.handed]
+    ends = [x for x in run.ends if x.requires_grad]
+    if ends and run.embeddings is not None:
+        sums = sum(x.sum() for x in ends)
+        (gradient,) = torch.autograd.grad(sums, [run.embeddings], retain_graph=True, allow_unused=True)
+        if gradient is not None and gradient.any():
+            found.append("what follows the decoder layers also reads what came before them")
+    if any(states.shape[0] != 1 for states in run.inputs):
+        found.append("decoder layers take hidden states in another form than one row for each text")
+    return found
 
 
 def spans(numbers: list[int]) -> str:

@@ -33,6 +33,11 @@ class Stage:
 
         def note(i: int, args: tuple, kwargs: dict):
             hidden, arguments = without_hidden(args, kwargs)
+            if first and hidden is not first[0] and not torch.equal(hidden, first[0]):
+                raise ModelError(
+                    f"{type(self._model).__name__} changes hidden states between its decoder layers {i - 1} and {i}, "
+                    "so they cannot run one at a time. It has to fit in memory."
+                )
             first.append(hidden)
             found.append(arguments)
             if i + 1 == len(self._layers):
@@ -47,17 +52,21 @@ class Stage:
             )
         return first[0], found
 
-    def after(self, hidden: Tensor, *, labels: Tensor | None = None):
-        """The model's output for the hidden states that its last layer returns."""
-        last = len(self._layers) - 1
-        width = self._model.get_input_embeddings().embedding_dim
-        blank = torch.zeros(*hidden.shape[:2], width, dtype=hidden.dtype, device=self._device)
+    def after(self, ids: Tensor, hidden: Tensor, *, labels: Tensor | None = None):
+        """The model's output for the hidden states that its last layer returns. The embedding is not looked at."""
+        last, embedding = len(self._layers) - 1, self._model.get_input_embeddings()
+        like = dict(dtype=hidden.dtype, device=self._device)
+        blank = lambda found: torch.zeros(*found.shape, embedding.embedding_dim, **like)
 
         def pass_on(i: int, args: tuple, kwargs: dict):
             return self._as_returned(hidden if i == last else without_hidden(args, kwargs)[0])
 
-        with self._standing_in(pass_on):
-            return self._model(inputs_embeds=blank, labels=labels, use_cache=False)
+        try:
+            embedding.forward = blank
+            with self._standing_in(pass_on):
+                return self._model(input_ids=ids.to(self._device), labels=labels, use_cache=False)
+        finally:
+            del embedding.forward
 
     def run(self, i: int, hidden: Tensor, arguments: Arguments) -> Tensor:
         """One layer, whose weights are in memory."""

@@ -100,7 +100,7 @@ class Stream:
             for first, rows in batches(ids, batch_size):
                 with torch.no_grad():
                     hidden = scratch.get(f"hidden-{self.n_layers}", first, len(rows)).to(self.device)
-                    logits = self._stage.after(hidden).logits
+                    logits = self._stage.after(rows, hidden).logits
                 yield logits
 
     def backward(
@@ -168,7 +168,7 @@ class _Walk:
         with self._residence.ends("after"), torch.enable_grad():
             for first, rows in self._batches:
                 hidden = self._get(f"hidden-{self._n_layers}", first, len(rows)).requires_grad_()
-                loss = self._stage.after(hidden, labels=rows.to(self._device)).loss
+                loss = self._stage.after(rows, hidden.clone(), labels=rows.to(self._device)).loss
                 (loss * len(rows)).backward()  # windows are of one length, so this is the sum of their means
                 losses.append(loss.detach().cpu())
                 self._scratch.put(f"gradient-{self._n_layers}", first, hidden.grad)
@@ -182,7 +182,7 @@ class _Walk:
             with watch(i) as result, torch.enable_grad():
                 for b, (first, rows) in enumerate(self._batches):
                     hidden = self._get(f"hidden-{i}", first, len(rows)).requires_grad_()
-                    self._run(i, b, hidden).backward(self._get(f"gradient-{i + 1}", first, len(rows)))
+                    self._run(i, b, hidden.clone()).backward(self._get(f"gradient-{i + 1}", first, len(rows)))
                     self._scratch.put(f"gradient-{i}", first, hidden.grad)
                 self._finish(f"backward-{i}", result())
             self._scratch.drop(f"hidden-{i}")

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from qpruner.model.graph import Graph
 from qpruner.model.residence import Residence
 from qpruner.model.scratch import Scratch
 from qpruner.model.skeleton import decoder_layers
@@ -109,9 +110,9 @@ Streamable = Stream | Whole
 
 
 def _asking(found: Tensor) -> Tensor:
-    return found.requires_grad_() if torch.is_grad_enabled() and found.is_leaf else found
+    return found.requires_grad_().clone() if torch.is_grad_enabled() and found.is_leaf else found
 
 
-def opened(model: nn.Module, tensors: Tensors, *, exchanges: bool, resident: bool, **how) -> Streamable:
+def opened(model: nn.Module, tensors: Tensors, graph: Graph, *, resident: bool = False, **how) -> Streamable:
     """A stream, or the whole model where its layers exchange more than hidden states."""
-    return Whole(model, tensors, **how) if exchanges else Stream(model, tensors, resident=resident, **how)
+    return Whole(model, tensors, **how) if graph.exchanges else Stream(model, tensors, resident=resident, **how)
