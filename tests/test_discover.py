@@ -289,7 +289,8 @@ def test_layers_that_read_keys_of_other_layers_say_so(over, found):
         intermediate_size=[40] * 4, laurel_rank=4,
     )  # fmt: skip
     graph = discover(tiny("gemma3n_text", **sizes, **over))
-    assert bool(graph.exchanges) == found
+    assert any("reads more of layer" in sentence for sentence in graph.exchanges) == found
+    assert any("in another form" in sentence for sentence in graph.exchanges), "four streams in one tensor"
     if found:
         assert graph.exchanges[0] == "decoder layer 2 reads more of layer 0 than hidden states"
 
@@ -315,6 +316,9 @@ class Toy(nn.Module):
 
     def get_input_embeddings(self):
         return self.embeddings
+
+    def get_output_embeddings(self):
+        return None
 
     def forward(self, inputs_embeds, use_cache=False):
         return self.layers[0](inputs_embeds)
@@ -423,3 +427,38 @@ def test_a_model_of_seven_billion_parameters_takes_seconds():
     graph = discover(build_skeleton(LlamaConfig(**LLAMA_7B)))
     assert time.process_time() - start < 20  # about one on a free core
     assert {g.n_units for g in inside(graph)} == {32, 11008} and len(inside(graph)) == 64
+
+
+class Handing(nn.Module):
+    """Two layers, and a way to go from one to the other and to the end, which a test writes as functions."""
+
+    def __init__(self, between=lambda x: x, at_end=lambda x, embedded: x):
+        super().__init__()
+        self.config = LlamaConfig(num_hidden_layers=2)
+        self.embeddings, self.head = nn.Embedding(5, 6), nn.Linear(6, 5, bias=False)
+        steps = lambda layer, x: x + layer.down(layer.up(x).relu())
+        self.layers = nn.ModuleList([ToyLayer(steps), ToyLayer(steps)])
+        self.between, self.at_end = between, at_end
+
+    def get_input_embeddings(self):
+        return self.embeddings
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, inputs_embeds, use_cache=False):
+        x = self.layers[1](self.between(self.layers[0](inputs_embeds)))
+        return self.head(self.at_end(x, inputs_embeds))
+
+
+@pytest.mark.parametrize(
+    "how, sentence",
+    [
+        ({}, None),
+        (dict(between=lambda x: 2 * x), "hidden states are changed between decoder layers 0 and 1"),
+        (dict(at_end=lambda x, embedded: x + embedded), "also reads what came before them"),
+    ],
+)
+def test_what_goes_past_the_layers_is_said(how, sentence):
+    exchanges = discover(Handing(**how)).exchanges
+    assert (len(exchanges) == 1 and sentence in exchanges[0]) if sentence else not exchanges
