@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from test_surgery import continued, narrowed, some, zeroed
+from test_surgery import continued, narrowed
 from tiny_folder import edit_config
 from tiny_remote import CODE, POSITIONS, remote_model
 from transformers import AutoModelForCausalLM
@@ -20,6 +20,7 @@ from qpruner.errors import ModelError
 from qpruner.judge import speed
 from qpruner.model import load, memory
 from qpruner.model.discover import discover
+from qpruner.testing import random_kept, zeroed
 
 IDS = torch.arange(3, 23)[None]
 SIZES = dict(
@@ -69,7 +70,7 @@ def test_removing_a_unit_is_zeroing_it(folders, position):
     padding = torch.ones_like(ids)
     padding[0, :3] = 0
     for seed in (0, 1):
-        kept = some(discover(model), seed)
+        kept = random_kept(discover(model), seed)
         small, reference = narrowed(model, discover(model), kept), zeroed(model, discover(model), kept)
         with torch.no_grad():
             for mask in (None, padding):

@@ -25,7 +25,7 @@ SERVED = {
     "deepseek_v3": dict(kv_group=("4",), channel=("40", "4 x 20", "20")),
     "gemma3_text": dict(kv_group=("2",), channel=("40",)),
     "falcon": dict(channel=("40",)),
-    "qwen3_next": dict(kv_group=("2",), channel=("4 x 20", "20")),
+    "qwen3_next": dict(kv_group=("2",), channel=("20", "4 x 20")),
     "jetmoe": dict(kv_group=("2",), channel=("4 x 40",)),
     "longcat_flash": dict(kv_group=("4",), channel=("40",)),
 }

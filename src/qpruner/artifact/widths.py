@@ -52,9 +52,17 @@ def counts_after(text: PreTrainedConfig, groups: Iterable[Group], kept: Mapping[
     return found
 
 
+def field_of(text: PreTrainedConfig, name: str, default=None):
+    """A field of a configuration; the default where there is none, or where every layer has its own."""
+    try:
+        return getattr(text, name, default)
+    except RuntimeError:  # what transformers raises about a field that differs from layer to layer
+        return default
+
+
 def _counting(text: PreTrainedConfig, kind: str, n: int) -> dict[str, int]:
     """The fields that count units of which there are n, with what they count; one that is derived if left out too."""
-    values = {name: getattr(text, name) for name in FIELDS[kind] if hasattr(text, name)}
+    values = {name: v for name in FIELDS[kind] if (v := field_of(text, name, default=...)) is not ...}
     stated = {name: v for name, v in values.items() if isinstance(v, int)}
     if kind in OF_SEVERAL:
         return {name: v for name, v in stated.items() if v % n == 0}
@@ -63,17 +71,17 @@ def _counting(text: PreTrainedConfig, kind: str, n: int) -> dict[str, int]:
 
 def _head_dim(text: PreTrainedConfig) -> int | None:
     """Width of a head where the configuration leaves it to be derived."""
-    if isinstance(getattr(text, "head_dim", None), int):
+    if isinstance(field_of(text, "head_dim"), int):
         return None
-    heads = next((v for name in HEADS if isinstance(v := getattr(text, name, None), int)), None)
-    width = getattr(text, "hidden_size", None)
+    heads = next((v for name in HEADS if isinstance(v := field_of(text, name), int)), None)
+    width = field_of(text, "hidden_size")
     return width // heads if heads and isinstance(width, int) else None
 
 
 def dimensions(text: PreTrainedConfig, graph: Graph, plan: Plan) -> dict:
     """What the original states of its sizes, and under `per_layer_config` what differs from them in each layer."""
     names = dict.fromkeys((*GLOBAL, *(name for fields in FIELDS.values() for name in fields), "head_dim"))
-    found = {name: v for name in names if isinstance(v := getattr(text, name, None), int)}
+    found = {name: v for name in names if isinstance(v := field_of(text, name), int)}
     layers = {}
     for layer in sorted({group.layer for group in graph.groups.values()}):
         groups = [group for group in graph.groups.values() if group.layer == layer]

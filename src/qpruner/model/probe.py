@@ -93,6 +93,10 @@ class Recording:
     def of(self, layer: str) -> dict[str, Use]:
         return {name: use for name, use in self.uses.items() if name.startswith(layer + ".")}
 
+    def inputs(self) -> list[Tensor]:
+        """Of every product inside the decoder layers, linear by linear and expert by expert."""
+        return [x for use in self.uses.values() for x, _ in use.all_calls]
+
     def separable(self, name: str) -> bool:
         """Each of its matrices was used once, and in no other way."""
         return name not in self.misread and all(len(calls) == 1 for calls in self.uses[name].calls.values())

@@ -279,11 +279,12 @@ def _keep_head_values_(module: nn.Module, group: Group, cuts: Mapping[str, tuple
     """Where an attention is handed values per head, the kept heads keep their own, such as their ALiBi slopes."""
     arguments, n_heads = signature(module.forward).parameters.keys(), _n_heads(module)
     handed = arguments & {*PER_HEAD_ARGUMENTS, *PERHAPS_PER_HEAD_ARGUMENTS}
-    if not n_heads or not handed or len(group.consumers) > 1:
+    if not n_heads or not handed:
         return
-    ((name, columns),) = group.consumers.items()
-    heads = (cuts[name][1] * n_heads // columns.numel()).unique()
-    module.register_forward_pre_hook(KeptHeads(n_heads, heads), with_kwargs=True)
+    name, columns = max(group.consumers.items(), key=lambda item: item[1].numel())  # a gate may read values too
+    if name in cuts:
+        heads = (cuts[name][1] * n_heads // columns.numel()).unique()
+        module.register_forward_pre_hook(KeptHeads(n_heads, heads), with_kwargs=True)
 
 
 def _n_heads(module: nn.Module) -> int | None:

@@ -7,18 +7,15 @@ generation without; the saved artifact gives the same logits in a process that h
 import copy
 import io
 import json
-import logging
 import random
 import subprocess
 import sys
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -30,7 +27,7 @@ from qpruner.errors import QPrunerError
 from qpruner.model import cost
 from qpruner.model.discover import discover
 from qpruner.model.graph import Graph
-from qpruner.model.load import Source
+from qpruner.model.load import Source, quiet
 from qpruner.model.skeleton import build_skeleton
 from qpruner.model.surgery import narrow_
 from qpruner.plan import DENSE, Plan
@@ -67,19 +64,6 @@ class Row:
         return asdict(self)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the advice of transformers, and without what some models print."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-
-
 class NotServed(Exception):
     """A sentence for the table."""
 
@@ -92,7 +76,7 @@ def check_architecture(model_type: str, folder: Path | None = None, **over) -> R
         over: fields of the configuration, in place of those of `tiny_config`.
     """
     row = Row(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, ""))
-    with quiet():
+    with quiet(), redirect_stdout(io.StringIO()):  # some models print
         return _checked(row, folder, over)
 
 
@@ -328,6 +312,6 @@ def first_line(error: object) -> str:
 
 
 if __name__ == "__main__":
-    with quiet():
+    with quiet(), redirect_stdout(io.StringIO()):
         faults = [load_fault(Path(folder)) for folder in sys.argv[1:]]
     print(json.dumps(faults))
