@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import TINY, tiny
-from tiny_stream import Held, streamed
+from tiny_stream import streamed
 from transformers import AutoModelForCausalLM
 
 from qpruner.decide.scores import SCORERS
@@ -18,6 +18,7 @@ from qpruner.model.stream import Stream
 from qpruner.model.surgery import narrow_
 from qpruner.model.tensors import Cut, Named, Stored
 from qpruner.model.whole import Whole
+from qpruner.testing.tiny import Held
 
 IDS = torch.randint(2, 61, (5, 12), generator=torch.Generator().manual_seed(0))
 MOE = dict(num_local_experts=4, num_experts_per_tok=2)

@@ -12,7 +12,7 @@ from qpruner.errors import ModelError, listed
 from qpruner.progress import OnProgress, silent
 from qpruner.testing import Row, check_architecture, check_loading
 
-COLUMNS = ("model type", "class", "key/value groups", "channels", "kept whole", "result")
+COLUMNS = ("model type", "class", "key/value groups", "channels", "kept whole", "in memory", "result")
 MARK = "<!-- made by: qpruner support --sweep -o docs/models.md -->"  # what follows it in a page is the table
 
 
@@ -53,7 +53,9 @@ def with_loading(rows: list[Row], place) -> list[Row]:
 def cells(row: Row) -> tuple[str, ...]:
     units = lambda kind: ", ".join(row.units.get(kind, ())) or "-"
     result = "passes" + (f" {row.remark}" if row.remark else "") if row.passes else row.reason
-    return row.model_type, row.model_class, units("kv_group"), units("channel"), ", ".join(row.whole) or "-", result
+    in_memory = "-" if not row.passes else f"all: {row.exchanges[0]}" if row.exchanges else "one layer"
+    whole = ", ".join(row.whole) or "-"
+    return row.model_type, row.model_class, units("kv_group"), units("channel"), whole, in_memory, result
 
 
 def page(rows: Sequence[Row], above: str) -> str:
@@ -65,4 +67,8 @@ def page(rows: Sequence[Row], above: str) -> str:
 
 def summary(rows: Sequence[Row]) -> str:
     passing = sum(row.passes for row in rows)
-    return f"{passing} of {len(rows)} model types pass, with transformers {transformers.__version__}."
+    one_layer = sum(row.passes and not row.exchanges for row in rows)
+    return (
+        f"{passing} of {len(rows)} model types pass, {one_layer} of them with one layer in memory, with transformers "
+        f"{transformers.__version__}."
+    )

@@ -50,7 +50,7 @@ class Recording:
     misread: those whose weight took part in more than products with the whole of it, or is shared.
     made_up: leaves for the weights of which parts were read, where there was no room for the whole.
     given: leaves for what each decoder layer is given, its hidden states and what else has a value for every token.
-    inputs: the hidden states that each decoder layer is given. received: what else. outputs: the ones it returns.
+    taken: the hidden states that each decoder layer is given. received: what else. outputs: the ones it returns.
     extras: other tensors that layers returned. handed: layers that were given one of those.
     embeddings: what the first layer's hidden states are made of, if the model runs on that. ends: what the head reads.
     """
@@ -63,7 +63,7 @@ class Recording:
     uses: dict[str, Use] = field(default_factory=dict)
     made_up: dict[str, Tensor] = field(default_factory=dict)
     given: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    inputs: list[Tensor] = field(default_factory=list)
+    taken: list[Tensor] = field(default_factory=list)
     received: list[list[Tensor]] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     extras: list[Tensor] = field(default_factory=list)
@@ -155,7 +155,7 @@ def record(model: nn.Module) -> Recording:
 
 
 def run_on(run: Recording, **inputs: Tensor) -> None:
-    for found in (run.uses, run.made_up, run.given, run.inputs, run.received, run.outputs, run.extras, run.handed):
+    for found in (run.uses, run.made_up, run.given, run.taken, run.received, run.outputs, run.extras, run.handed):
         found.clear()
     run.ends.clear()
     run.model(**inputs, use_cache=False)
@@ -238,7 +238,7 @@ def starts_afresh(run: Recording, layer: str):
         states = given.get("hidden_states", next(iter(given.values())))
         if any(value is extra for value in given.values() for extra in run.extras):
             run.handed.append(layer)
-        run.inputs.append(states.detach().clone())
+        run.taken.append(states.detach().clone())
         run.received.append([v for v in given.values() if v.requires_grad and v is not states])
         leaves = run.given.setdefault(layer, {})
         for name, value in given.items():
@@ -300,7 +300,7 @@ def changed_between(run: Recording) -> list[str]:
     """Sentences about hidden states that are not handed from layer to layer as they are, one row for each text."""
     found = [
         f"hidden states are changed between decoder layers {i} and {i + 1}"
-        for i, (given, taken) in enumerate(zip(run.outputs, run.inputs[1:], strict=False))
+        for i, (given, taken) in enumerate(zip(run.outputs, run.taken[1:], strict=False))
         if given.shape != taken.shape or not torch.equal(given, taken)
     ]
     found += [f"decoder layer {run.layers.index(layer)} is given what another returned" for layer in run.handed]
@@ -310,7 +310,7 @@ def changed_between(run: Recording) -> list[str]:
         (gradient,) = torch.autograd.grad(sums, [run.embeddings], retain_graph=True, allow_unused=True)
         if gradient is not None and gradient.any():
             found.append("what follows the decoder layers also reads what came before them")
-    if any(states.shape[0] != 1 for states in run.inputs):
+    if any(states.shape[0] != 1 for states in run.taken):
         found.append("decoder layers take hidden states in another form than one row for each text")
     return found
 

@@ -23,15 +23,19 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qpruner.artifact.save import save_artifact
+from qpruner.decide.scores import SCORERS
 from qpruner.errors import QPrunerError
 from qpruner.model import cost
 from qpruner.model.discover import discover
 from qpruner.model.graph import Graph
 from qpruner.model.load import Source, quiet
+from qpruner.model.scratch import Scratch
 from qpruner.model.skeleton import build_skeleton
 from qpruner.model.surgery import narrow_
+from qpruner.model.tensors import Cut
+from qpruner.model.whole import Whole, opened
 from qpruner.plan import DENSE, Plan
-from qpruner.testing.tiny import tiny_config, tiny_model
+from qpruner.testing.tiny import Held, tiny_config, tiny_model
 
 N_NEW = 4  # tokens that are generated
 EXACT = 1e-9
@@ -48,6 +52,7 @@ class Row:
 
     units: kind -> how many in one layer, for every number that occurs: `2`, `40`, `4 x 20` of four experts.
     whole: groups of a layer that are one indivisible unit. notes: what cannot be pruned, in words of `Graph.notes`.
+    exchanges: why its layers cannot run one at a time, in words of `Graph.exchanges`; empty where they can.
     reason: why it does not pass. remark: what it passes with reservations about.
     """
 
@@ -57,6 +62,7 @@ class Row:
     units: dict[str, tuple[str, ...]] = field(default_factory=dict)
     whole: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    exchanges: tuple[str, ...] = ()
     reason: str = ""
     remark: str = ""
 
@@ -114,7 +120,13 @@ def described(row: Row, graph: Graph) -> Row:
             whole[group.name.removeprefix(f"{graph.layers[group.layer]}.")] = None
     if not units:
         raise NotServed(f"nothing can be cut: {graph.notes[0] if graph.notes else 'its layers hold no linear layers'}")
-    return replace(row, units={k: tuple(v) for k, v in units.items()}, whole=tuple(whole), notes=graph.notes)
+    return replace(
+        row,
+        units={k: tuple(v) for k, v in units.items()},
+        whole=tuple(whole),
+        notes=graph.notes,
+        exchanges=graph.exchanges,
+    )
 
 
 def check_decoder(model_type: str) -> None:
@@ -173,6 +185,7 @@ def prove(model: PreTrainedModel, graph: Graph, folder: Path) -> str:
     if shapes(cost.named_tensors(small)) != shapes(predicted):
         raise NotServed("its tensors after the cuts are not those that were predicted")
     prove_generation(model, small, reference)
+    prove_streaming(model, small, graph, kept)
     save(folder, small, graph, plan, model.config, predicted)
     torch.save((logits_of(small), bound), folder / LOGITS)
     return remark
@@ -190,6 +203,30 @@ def prove_generation(model: PreTrainedModel, small: PreTrainedModel, reference: 
     if distance(cached, generated(small, use_cache=False)) > ROUNDED:
         if distance(generated(model, use_cache=True), generated(model, use_cache=False)) < ROUNDED:
             raise NotServed("generation with a cache is not that without")
+
+
+def prove_streaming(model: PreTrainedModel, small: PreTrainedModel, graph: Graph, kept: Mapping) -> None:
+    """Cut while it is read and run layer by layer it is the narrowed model; and its scores are those of all at once."""
+    ids = token_ids()
+    skeleton, scratch = eager(build_skeleton(model.config)), Scratch()
+    narrow_(skeleton, graph, kept)
+    stream = opened(skeleton, Cut(Held(model), graph, kept), graph, dtype=model.dtype)
+    stream.forward(ids, scratch, batch_size=len(ids))
+    (found,) = stream.logits(ids, scratch, batch_size=len(ids))
+    if (d := distance(found, logits_of(small))) > EXACT:
+        raise NotServed(f"layer by layer it gives other logits, by {d:.1g}")
+    if not graph.exchanges:
+        one, all_ = eager(build_skeleton(model.config)), eager(build_skeleton(model.config))
+        ways = opened(one, Held(model), graph, dtype=model.dtype), Whole(all_, Held(model), dtype=model.dtype)
+        scores = [SCORERS["vector"](way, graph, ids, torch.Generator(), Scratch(), None) for way in ways]
+        for name, expected in scores[1].items():
+            if (scores[0][name] - expected).abs().max() > 1e-5 * expected.abs().max():
+                raise NotServed(f"layer by layer the scores of {name!r} are others")
+
+
+def eager(model: nn.Module) -> nn.Module:
+    model.config._experts_implementation = "eager"
+    return model
 
 
 def save(

@@ -5,6 +5,7 @@ for a type. Nothing here decides what can be pruned.
 """
 
 import torch
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -110,6 +111,19 @@ def tiny_config(model_type: str, **over) -> PreTrainedConfig:
         if isinstance(value, list) and len(value) == n_layers:
             fields[name] = one_of_each(value)
     return AutoConfig.for_model(model_type, **(fields | ROWS.get(model_type, {}) | over))
+
+
+class Held:
+    """The tensors of a model in memory, given out as copies, as if they were read from files."""
+
+    def __init__(self, model: nn.Module):
+        self.state, self.bytes_read = model.state_dict(), 0
+        self.names: list[str] = []  # as they were asked for
+
+    def read(self, name: str) -> Tensor:
+        self.names.append(name)
+        self.bytes_read += self.state[name].nbytes
+        return self.state[name].detach().clone()
 
 
 def one_of_each(values: list) -> list:
