@@ -128,7 +128,7 @@ def computes_the_same(narrowed: nn.Module, stock: nn.Module) -> bool:
         one, other = record(narrowed), record(stock)
     except ModelError:  # the same shapes, cut into heads in another way
         return False
-    pairs = zip([*one.inputs(), *one.outputs], [*other.inputs(), *other.outputs], strict=True)
+    pairs = zip([*one.of_products(), *one.outputs], [*other.of_products(), *other.outputs], strict=True)
     return all(a.shape == b.shape and torch.allclose(a, b, **TOLERANCE) for a, b in pairs)
 
 

@@ -93,8 +93,8 @@ class Recording:
     def of(self, layer: str) -> dict[str, Use]:
         return {name: use for name, use in self.uses.items() if name.startswith(layer + ".")}
 
-    def inputs(self) -> list[Tensor]:
-        """Of every product inside the decoder layers, linear by linear and expert by expert."""
+    def of_products(self) -> list[Tensor]:
+        """The input of every product inside the decoder layers, linear by linear and expert by expert."""
         return [x for use in self.uses.values() for x, _ in use.all_calls]
 
     def separable(self, name: str) -> bool:
