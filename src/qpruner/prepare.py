@@ -48,6 +48,8 @@ class Shape:
         """
         if layers is None:
             return self
+        if self.graph.exchanges:
+            raise ModelError(f"no whole layer of {self.source.name!r} can go: {self.graph.exchanges[0]}.")
         depth.check_depth(self.source.config, layers, trust_remote_code=self.source.trust_remote_code)
         names = depth.tensor_names(self.graph, layers, self.tensors)
         tensors = {new: self.tensors[old] for new, old in names.items()}
