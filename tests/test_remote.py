@@ -54,7 +54,8 @@ def marker(tmp_path, monkeypatch):
 def test_stacked_qkv_is_heads_and_channels(folders, position):
     found = api.inspect(str(folders[position]), trust_remote_code=True)
     assert found["architecture"] == "WPackForCausalLM" and not found["notes"]
-    assert [(g["kind"], g["units"]) for g in found["groups"]] == [("kv_group", 8), ("channel", 128)] * 2
+    groups = [(g["kind"], g["units"]) for g in found["groups"]]
+    assert groups == [*[("kv_group", 8), ("channel", 128)] * 2, ("residual", 64)]
     shape = prepare.shape_of(load.inspect_source(folders[position], trust_remote_code=True))
     heads = shape.graph.groups["model.layers.0.self_attn"]
     rows = torch.arange(192).view(3, 8, 8).transpose(0, 1).flatten(1)  # of q, then k, then v

@@ -8,13 +8,16 @@ from test_surgery import continued, everything
 from tiny import tiny, tiny_config
 from torch import nn
 
-from qpruner.model import cost
+from qpruner import prepare, recipe
+from qpruner.errors import RecipeError
+from qpruner.model import cost, load
 from qpruner.model.discover import discover
 from qpruner.model.residual import by_element
 from qpruner.model.skeleton import build_skeleton
 from qpruner.model.surgery import cut_tensor, cuts_of, narrow_
 from qpruner.plan import DENSE, Plan
 from qpruner.testing import random_kept
+from qpruner.testing.tiny import tiny_config as any_config
 
 TIED = dict(tie_word_embeddings=True)
 CASES = [
@@ -155,3 +158,16 @@ def test_only_a_diagonal_dependence_is_by_element(n):
         assert not by_element((x * vector).cumsum(-1), vector, generator)
         half = torch.cat([vector[:1], vector[1:].detach()])
         assert not by_element(x * half, vector, generator)
+
+
+def test_code_that_insists_on_the_width_is_found_out_before_anything_is_scored(tmp_path):
+    asks = recipe.load("llm-pruner[units=[residual]]")
+    for family in ("longcat_flash", "llama"):
+        any_config(family).save_pretrained(tmp_path / family)
+        shape = prepare.shape_of(load.inspect_source(tmp_path / family / "config.json"))
+        prepare.check_residual(shape, recipe.load("llm-pruner"))
+        if family == "llama":
+            prepare.check_residual(shape, asks)
+        else:
+            with pytest.raises(RecipeError, match="does not run with half of them: .* Leave 'residual' out of `units`"):
+                prepare.check_residual(shape, asks)

@@ -168,8 +168,8 @@ def test_a_head_is_not_worth_one_channel(bundled):
     d = graph.linears["model.layers.0.self_attn.q_proj"]
     assert b == pytest.approx(3 * 2 * d.d_in, rel=0.01) and a == pytest.approx(2 * 6 * d.d_in * d.d_out / 8, rel=0.01)
     for factor, first in ((0.9, "kv_group"), (1.1, "channel")):
-        worth = {"kv_group": factor * a, "query_head": 0, "channel": b}
-        kept = chosen(bundled, everywhere, {n: s * worth[graph.groups[n].kind] for n, s in equal.items()}, 95)
+        worth = {"kv_group": factor * a, "channel": b}
+        kept = chosen(bundled, everywhere, {n: s * worth.get(graph.groups[n].kind, 0) for n, s in equal.items()}, 95)
         assert {g.kind for n, g in graph.groups.items() if len(kept[n]) < g.n_units} == {first}
 
 

@@ -19,7 +19,9 @@ from qpruner.model.corpus import Corpus, Windows
 from qpruner.model.discover import discover
 from qpruner.model.graph import Graph
 from qpruner.model.pystdlib import BUNDLED_NAME
+from qpruner.model.residual import fault_of
 from qpruner.model.skeleton import build_skeleton
+from qpruner.model.surgery import narrow_
 from qpruner.plan import SPECS, UNITS_BYTES, Budget, Plan
 from qpruner.recipe import Recipe
 
@@ -48,6 +50,8 @@ class Shape:
         """
         if layers is None:
             return self
+        if self.graph.exchanges:
+            raise ModelError(f"no whole layer of {self.source.name!r} can go: {self.graph.exchanges[0]}.")
         depth.check_depth(self.source.config, layers, trust_remote_code=self.source.trust_remote_code)
         names = depth.tensor_names(self.graph, layers, self.tensors)
         tensors = {new: self.tensors[old] for new, old in names.items()}
@@ -131,6 +135,21 @@ def without_layers(prepared: "Prepared", scores: dict[str, Tensor]) -> tuple["Pr
     shape = prepared.shape.of_layers(layers)
     counts = widths_for(shape, recipe, prepared.limit_bytes)
     return replace(prepared, shape=shape, counts=counts), depth.Renaming(graph, layers).of_keys(scores)
+
+
+def check_residual(shape: Shape, recipe: Recipe) -> None:
+    """Refuse to prune the hidden states of a model whose code insists on their width: it is tried without weights."""
+    if "residual" not in recipe.units or "residual" not in shape.graph.groups:
+        return
+    whole = {name: range(group.n_units) for name, group in shape.graph.groups.items()}
+    config = depth.shortened_config(shape.source.config, shape.layers)
+    skeleton = build_skeleton(config, trust_remote_code=shape.source.trust_remote_code)
+    narrow_(skeleton, shape.graph, whole | {"residual": whole["residual"][::2]})
+    if fault := fault_of(skeleton):
+        raise RecipeError(
+            f"recipe {recipe.name!r} prunes channels of the hidden states, and {shape.source.name!r} does not run with "
+            f"half of them: {fault.splitlines()[0]}. Leave 'residual' out of `units`."
+        )
 
 
 def any_layers(shape: Shape, recipe: Recipe) -> Shape:
@@ -228,6 +247,7 @@ def prepare(
     shape = shape_of(source)
     limit = limit_of(parsed, source)
     fewer = any_layers(shape, recipe)
+    check_residual(fewer, recipe)
     counts = widths_for(fewer, recipe, limit)
     tokenizer = load.load_tokenizer(source)
     texts = choose_texts(source.name, calibration, search_text, evaluation)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qpruner.model.graph import Group, LinearSite, Stack
-from qpruner.model.probe import Call, Recording, reached
+from qpruner.model.probe import TOKENS, Call, Recording, reached
 from qpruner.model.skeleton import linear_dims
 
 NAME = "residual"
@@ -140,3 +140,17 @@ def outside(model: nn.Module, layers: tuple[str, ...], width: int) -> tuple[dict
             if buffer.dim() and buffer.shape[-1] == width:
                 return found, f"{name!r} is a table that is no weight"
     return found, ""
+
+
+@torch.no_grad()
+def fault_of(skeleton: nn.Module) -> str:
+    """What a model without weights raises on a few tokens, with zeros in their place; empty for nothing."""
+    parameters = skeleton.named_parameters(remove_duplicate=False)
+    zeros = {name: torch.zeros(()).expand(p.shape) for name, p in parameters}  # of no memory
+    skeleton.config._experts_implementation = "eager"
+    ids = torch.arange(3, 3 + TOKENS)[None]
+    try:
+        torch.func.functional_call(skeleton, zeros, kwargs={"input_ids": ids, "use_cache": False}, tie_weights=False)
+    except Exception as error:  # whatever a model's own code raises
+        return str(error)
+    return ""

@@ -38,7 +38,7 @@ COUNTS = {
 # Attributes of an attention that are the width of all its heads together, if its code reads them and they equal it.
 HEADS_WIDTHS = ("hidden_size", "embed_dim", "inner_dim", "all_head_size", "attn_dim", "kv_projection_size")
 HEAD_KINDS = ("kv_group", "query_head")
-STREAM_WIDTHS = ("hidden_dim", "hidden_size")
+STREAM_WIDTHS = ("hidden_dim", "hidden_size", "input_size", "dim_norm")
 QUERY_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 
 # Arguments in which a model hands its attention one value per head, made for all its heads: (batch * heads, ...) or
@@ -71,7 +71,7 @@ def narrow_(model: nn.Module, graph: Graph, kept: Mapping[str, Sequence[int]]) -
             for path in modules_of(group):
                 _keep_head_values_(modules[path], group, cuts)
         if group.kind == "residual" and len(kept[group.name]) < group.n_units:
-            _set_stream_widths_(modules, group, len(kept[group.name]))
+            _set_stream_widths_(modules, graph, group, len(kept[group.name]))
         if group.kind in COUNTS and len(kept[group.name]) < group.n_units:
             for path in modules_of(group):
                 _recount_(modules[path], group, len(kept[group.name]))
@@ -239,9 +239,11 @@ def _recount_(module: nn.Module, group: Group, n_kept: int) -> None:
         module.config = LayerConfig(config, counts)
 
 
-def _set_stream_widths_(modules: Mapping[str, nn.Module], group: Group, n_kept: int) -> None:
-    """Where a router or the like knows how wide the hidden states are that it reads."""
-    for path in {name.rpartition(".")[0] for name in group.tensors}:
+def _set_stream_widths_(modules: Mapping[str, nn.Module], graph: Graph, group: Group, n_kept: int) -> None:
+    """Where a router, or what holds experts, knows how wide the hidden states are that it reads."""
+    paths = {name.rpartition(".")[0] for name in (*group.tensors, *graph.stacks)}
+    paths |= {name.rpartition(".")[0].rpartition(".")[0] for name in graph.stacks} - set(graph.layers)
+    for path in paths:
         for name in STREAM_WIDTHS:
             if vars(modules[path]).get(name) == group.n_units:
                 setattr(modules[path], name, n_kept)

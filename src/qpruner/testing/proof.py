@@ -118,7 +118,7 @@ def described(row: Row, graph: Graph) -> Row:
             units.setdefault(group.kind, {})[text] = None
         else:
             whole[group.name.removeprefix(f"{graph.layers[group.layer]}.")] = None
-    if not units:
+    if not units.keys() & set(ZEROED):
         raise NotServed(f"nothing can be cut: {graph.notes[0] if graph.notes else 'its layers hold no linear layers'}")
     return replace(
         row,
