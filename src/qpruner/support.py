@@ -12,7 +12,8 @@ from qpruner.errors import ModelError, listed
 from qpruner.progress import OnProgress, silent
 from qpruner.testing import Row, check_architecture, check_loading
 
-COLUMNS = ("model type", "class", "key/value groups", "channels", "kept whole", "in memory", "result")
+KINDS = {"kv_group": "key/value groups", "query_head": "query heads", "channel": "channels", "expert": "experts"}
+COLUMNS = ("model type", "class", *KINDS.values(), "kept whole", "in memory", "result")
 MARK = "<!-- made by: qpruner support --sweep -o docs/models.md -->"  # what follows it in a page is the table
 
 
@@ -51,11 +52,10 @@ def with_loading(rows: list[Row], place) -> list[Row]:
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    units = lambda kind: ", ".join(row.units.get(kind, ())) or "-"
-    result = "passes" + (f" {row.remark}" if row.remark else "") if row.passes else row.reason
+    units = (", ".join(row.units.get(kind, ())) or "-" for kind in KINDS)
     in_memory = "-" if not row.passes else f"all: {row.exchanges[0]}" if row.exchanges else "one layer"
-    whole = ", ".join(row.whole) or "-"
-    return row.model_type, row.model_class, units("kv_group"), units("channel"), whole, in_memory, result
+    result = "passes" + (f" {row.remark}" if row.remark else "") if row.passes else row.reason
+    return row.model_type, row.model_class, *units, ", ".join(row.whole) or "-", in_memory, result
 
 
 def page(rows: Sequence[Row], above: str) -> str:
