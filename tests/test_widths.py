@@ -118,7 +118,7 @@ def chosen(shape, recipe_, scores, percent: float) -> widths.Kept:
 @pytest.mark.parametrize("units", [("channel",), ("kv_group", "query_head", "channel")])
 def test_a_larger_budget_keeps_all_that_a_smaller_one_keeps_and_fills_itself(bundled, units):
     everywhere, scores, less = recipe.load(EVERYWHERE).but({"units": units}), random_scores(bundled.graph), None
-    for percent in (45, 70, 85, 99):
+    for percent in (45, 75, 95):
         kept = chosen(bundled, everywhere, scores, percent)
         check_kept(bundled.graph, kept)
         limit = bundled.source.bytes_16bit * percent / 100
