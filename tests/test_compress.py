@@ -272,7 +272,11 @@ def one_layer_at_a_time(monkeypatch):
 STREAMABLE = ["qpruner[{},allocation=mutual-information,steps=0]", "llm-pruner[{},score=vector,steps=0,adapter_rank=0]"]
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, *(r.format(QUICK) for r in STREAMABLE)])
+EVERY_UNIT = "units=[kv_group, query_head, channel, residual],scope=global,layers_kept=0.75"
+ALL_CUT = f"llm-pruner[{QUICK},steps=0,adapter_rank=0,{EVERY_UNIT}]"
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, *(r.format(QUICK) for r in STREAMABLE), ALL_CUT])
 def test_layer_by_layer_ends_in_the_same_bytes(model, tmp_path, one_layer_at_a_time, monkeypatch, recipe):
     made = compress(model, tmp_path / "streamed", budget="80%", recipe=recipe)
     assert made.facts.memory.layer_by_layer
