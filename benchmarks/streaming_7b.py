@@ -90,7 +90,7 @@ def job(folder: Path, output: Path, score: str, dtype: str) -> dict:
     scores = SCORERS[score](stream, shape.graph, ids, torch.Generator(), scratch, show)
     scratch.clear()
     scored = time.monotonic()
-    kept = widths.select(scores, counts)
+    kept = widths.select(shape.graph, scores, counts)
     plan = shape.plan(chosen, kept, 16)
     model = build_skeleton(source.config)
     whole = Named(model, Stored.of(folder))
