@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from qpruner import prepare
+from qpruner import shape as shaping
 from qpruner.do.quantize import Candidates
 from qpruner.facts import machine
 from qpruner.judge.loss import evaluate_loss, mean_difference
@@ -26,7 +26,7 @@ from qpruner.plan import Plan
 
 def losses_before_recovery(plan: Plan) -> tuple[float, ...]:
     source = load.inspect_source("pystdlib-5M")
-    shape = prepare.shape_of(source)
+    shape = shaping.shape_of(source)
     windows = corpus.token_windows(
         corpus.bundled_corpus("evaluation"), load.load_tokenizer(source), length=512, n_windows=200, fewest=2
     )

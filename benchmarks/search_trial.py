@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from qpruner import prepare, recipe
+from qpruner import recipe
+from qpruner import shape as shaping
 from qpruner.decide import widths
 from qpruner.decide.allocate import ALLOCATORS, Choices
 from qpruner.decide.information import bit_units
@@ -46,9 +47,9 @@ def main() -> None:
 
     chosen = recipe.load("qpruner")
     source = load.inspect_source("pystdlib-5M")
-    shape = prepare.shape_of(source)
+    shape = shaping.shape_of(source)
     limit = source.bytes_16bit * 30 // 100
-    kept = widths.first_units(prepare.widths_for(shape, chosen, limit))
+    kept = widths.first_units(shape.graph, shaping.widths_for(shape, chosen, limit))
     plan = shape.plan(chosen, kept, 16, args.seed)
     tokenizer = load.load_tokenizer(source)
     windows = corpus.token_windows(

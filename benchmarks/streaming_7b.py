@@ -59,7 +59,8 @@ def make_checkpoint(folder: Path, config: LlamaConfig) -> None:
 
 def job(folder: Path, output: Path, score: str, dtype: str) -> dict:
     """What is measured. Peak memory before anything is read is given too: Python, torch, transformers."""
-    from qpruner import prepare, recipe
+    from qpruner import recipe
+    from qpruner import shape as shaping
     from qpruner.artifact.opened import open_stream
     from qpruner.artifact.save import write_artifact
     from qpruner.decide import widths
@@ -74,13 +75,13 @@ def job(folder: Path, output: Path, score: str, dtype: str) -> dict:
 
     start = time.monotonic()
     source = load.inspect_source(folder)
-    shape = prepare.shape_of(source)
+    shape = shaping.shape_of(source)
     n_layers = len(shape.graph.layers)
     chosen = recipe.load(f"llm-pruner-20[steps=0,adapter_rank=0,layers=[{n_layers // 8},{n_layers - n_layers // 16}]]")
     at_rest = memory.peak_bytes()
     counts = widths.counts(shape.graph, chosen, chosen.kept)
     asked = chosen.model_copy(update={"calibration_windows": WINDOWS, "precision": dtype, "score": score})
-    work = prepare.work_for(shape, asked, counts, LENGTH)
+    work = shaping.work_for(shape, asked, counts, LENGTH)
     sizes = memory.Sizes(shape.tensors, shape.graph)
     promised = memory.stages_of(sizes, work, shape.hidden_size, resident=False)["importance"]
     ids = torch.randint(3, 32000, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(1))

@@ -9,7 +9,8 @@ from tiny import TINY, tiny
 from tiny_folder import save
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qpruner import prepare, recipe
+from qpruner import recipe
+from qpruner import shape as shaping
 from qpruner.artifact.save import save_artifact, weight_bytes
 from qpruner.do.quantize import Candidates
 from qpruner.errors import ModelError
@@ -24,7 +25,7 @@ def compressed(family: str, folder, *, bits: tuple[int, ...], rank: int = 2):
     """A tiny random model, cut at random and stored with a mixture of bits; the folder, the model and its plan."""
     source_folder = save(tiny(family, dtype=torch.float32).to(torch.bfloat16), folder / "source")
     source = load.inspect_source(source_folder)
-    shape = prepare.shape_of(source)
+    shape = shaping.shape_of(source)
     draw = random.Random(1)
     kept = {}
     for name, g in shape.graph.groups.items():

@@ -13,7 +13,8 @@ from tiny_remote import CODE, POSITIONS, remote_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from qpruner import api, prepare
+from qpruner import api
+from qpruner import shape as shaping
 from qpruner.artifact.stock import how_to_load
 from qpruner.cli import app
 from qpruner.errors import ModelError
@@ -56,7 +57,7 @@ def test_stacked_qkv_is_heads_and_channels(folders, position):
     assert found["architecture"] == "WPackForCausalLM" and not found["notes"]
     groups = [(g["kind"], g["units"]) for g in found["groups"]]
     assert groups == [*[("kv_group", 8), ("channel", 128)] * 2, ("residual", 64)]
-    shape = prepare.shape_of(load.inspect_source(folders[position], trust_remote_code=True))
+    shape = shaping.shape_of(load.inspect_source(folders[position], trust_remote_code=True))
     heads = shape.graph.groups["model.layers.0.self_attn"]
     rows = torch.arange(192).view(3, 8, 8).transpose(0, 1).flatten(1)  # of q, then k, then v
     assert torch.equal(heads.producers["model.layers.0.self_attn.W_pack"], rows)
@@ -158,7 +159,7 @@ def test_fewer_heads_with_the_slopes_of_all_are_not_the_model_of_fewer_heads(fol
     """Of the same shapes: only running both shows that the slopes differ."""
     from test_stock import config_of, every_other, plan_of
 
-    shape = prepare.shape_of(load.inspect_source(folders["alibi"], trust_remote_code=True))
+    shape = shaping.shape_of(load.inspect_source(folders["alibi"], trust_remote_code=True))
     assert config_of(shape, plan_of(shape, every_other(shape, ("channel",)))).model_type == "wpack"
     first = every_other(shape, ()) | {n: range(4) for n, g in shape.graph.groups.items() if g.kind == "kv_group"}
     assert config_of(shape, plan_of(shape, first)).model_type == "qpruner"

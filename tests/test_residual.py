@@ -9,6 +9,7 @@ from tiny import tiny, tiny_config
 from torch import nn
 
 from qpruner import prepare, recipe
+from qpruner import shape as shaping
 from qpruner.errors import RecipeError
 from qpruner.model import cost, load
 from qpruner.model.discover import discover
@@ -164,7 +165,7 @@ def test_code_that_insists_on_the_width_is_found_out_before_anything_is_scored(t
     asks = recipe.load("llm-pruner[units=[residual]]")
     for family in ("longcat_flash", "llama"):
         any_config(family).save_pretrained(tmp_path / family)
-        shape = prepare.shape_of(load.inspect_source(tmp_path / family / "config.json"))
+        shape = shaping.shape_of(load.inspect_source(tmp_path / family / "config.json"))
         prepare.check_residual(shape, recipe.load("llm-pruner"))
         if family == "llama":
             prepare.check_residual(shape, asks)

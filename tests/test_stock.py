@@ -14,7 +14,8 @@ from tiny import GQA, tiny, tiny_config
 from tiny_folder import edit_config, save, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qpruner import api, prepare, recipe
+from qpruner import api, recipe
+from qpruner import shape as shaping
 from qpruner.artifact.save import save_artifact, weight_bytes
 from qpruner.artifact.stock import computes_the_same, configuration, finds_every_name, how_to_load
 from qpruner.do.quantize import Candidates
@@ -53,9 +54,9 @@ def every_other(shape, kinds) -> dict[str, list[int]]:
     }
 
 
-def shape_of(family: str, folder: Path, over: dict) -> prepare.Shape:
+def shape_of(family: str, folder: Path, over: dict) -> shaping.Shape:
     model = tiny(family, dtype=torch.float32, **over).to(torch.bfloat16)
-    return prepare.shape_of(load.inspect_source(save(model, folder / f"{family}-source")))
+    return shaping.shape_of(load.inspect_source(save(model, folder / f"{family}-source")))
 
 
 def write(shape, plan, folder: Path, change_=lambda model: None):
@@ -285,7 +286,7 @@ def test_code_that_is_not_used_is_not_referred_to(tmp_path):
     model = tiny_model("llama").to(torch.bfloat16)
     folder = save(model, tmp_path / "both")
     edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"})
-    shape = prepare.shape_of(load.inspect_source(folder))
+    shape = shaping.shape_of(load.inspect_source(folder))
     plan = plan_of(shape, every_other(shape, CHANNELS))
     config = config_of(shape, plan)
     assert config.model_type == "llama" and "auto_map" not in config.to_dict()

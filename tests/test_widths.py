@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from qpruner import prepare, recipe
+from qpruner import recipe
+from qpruner import shape as shaping
 from qpruner.decide import widths
 from qpruner.errors import BudgetError, RecipeError
 from qpruner.model import cost, load
@@ -17,21 +18,21 @@ LLAMA_7B = LlamaConfig(
 
 
 @pytest.fixture(scope="module")
-def llama_7b(tmp_path_factory) -> prepare.Shape:
+def llama_7b(tmp_path_factory) -> shaping.Shape:
     """From a config.json alone: no weights anywhere."""
     folder = tmp_path_factory.mktemp("llama-7b")
     LLAMA_7B.save_pretrained(folder)
-    return prepare.shape_of(load.inspect_source(folder / "config.json"))
+    return shaping.shape_of(load.inspect_source(folder / "config.json"))
 
 
-def parameters_after(shape: prepare.Shape, counts: widths.Counts, chosen: recipe.Recipe) -> int:
+def parameters_after(shape: shaping.Shape, counts: widths.Counts, chosen: recipe.Recipe) -> int:
     return cost.parameter_count(shape.stored(shape.plan(chosen, widths.first_units(shape.graph, counts), 16)))
 
 
 @pytest.mark.parametrize("name, parameters", [("llm-pruner-20", 5_422_977_024), ("llm-pruner-50", 3_350_188_032)])
 def test_the_published_recipes_give_the_published_sizes(llama_7b, name, parameters):
     chosen = recipe.load(name)
-    counts = prepare.widths_for(llama_7b, chosen, llama_7b.source.bytes_16bit)
+    counts = shaping.widths_for(llama_7b, chosen, llama_7b.source.bytes_16bit)
     assert parameters_after(llama_7b, counts, chosen) == parameters
 
 
@@ -42,15 +43,15 @@ def test_a_7b_at_four_bits_weighs_what_a_person_would_expect(llama_7b):
 
 
 @pytest.fixture(scope="module")
-def bundled() -> prepare.Shape:
-    return prepare.shape_of(load.inspect_source("pystdlib-5M"))
+def bundled() -> shaping.Shape:
+    return shaping.shape_of(load.inspect_source("pystdlib-5M"))
 
 
 @pytest.mark.parametrize("percent", [25, 30, 40, 50, 60])
 def test_a_larger_budget_never_keeps_less(bundled, percent):
     chosen = recipe.load("qpruner")
     limits = [bundled.source.bytes_16bit * p // 100 for p in (percent, percent + 5)]
-    less, more = (prepare.widths_for(bundled, chosen, limit) for limit in limits)
+    less, more = (shaping.widths_for(bundled, chosen, limit) for limit in limits)
     assert all(less[name] <= more[name] for name in less)
     assert bundled.size(bundled.plan(chosen, widths.first_units(bundled.graph, less), 4)).total <= limits[0]
 
@@ -111,7 +112,7 @@ def random_scores(graph, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def chosen(shape, recipe_, scores, percent: float) -> widths.Kept:
-    sizes = prepare.stored_sizes(shape, recipe_)
+    sizes = shaping.stored_sizes(shape, recipe_)
     return widths.choose(shape.graph, recipe_, scores, {}, sizes, shape.source.bytes_16bit * percent / 100)
 
 
@@ -148,7 +149,7 @@ def test_equal_scores_per_byte_are_pruned_evenly_as_with_one_fraction_for_all(bu
         scores = {name: torch.full((g.n_units,), 0.1) for name, g in bundled.graph.groups.items()}
         for percent in (85, 95):
             kept = chosen(bundled, everywhere, scores, percent)
-            even = prepare.widths_for(bundled, everywhere, int(bundled.source.bytes_16bit * percent / 100))
+            even = shaping.widths_for(bundled, everywhere, int(bundled.source.bytes_16bit * percent / 100))
             assert all(abs(len(kept[name]) - n) <= step for name, n in even.items())
             widths_ = [len(kept[n]) for n, g in bundled.graph.groups.items() if g.kind in units]
             assert max(widths_) - min(widths_) <= step
@@ -161,7 +162,7 @@ def test_a_head_is_not_worth_one_channel(bundled):
     equal = {name: torch.ones(g.n_units) for name, g in graph.groups.items()}
     kept = chosen(bundled, everywhere, equal, 90)
     assert {g.kind for n, g in graph.groups.items() if len(kept[n]) < g.n_units} == {"kv_group"}
-    size = prepare.stored_sizes(bundled, everywhere)[0]
+    size = shaping.stored_sizes(bundled, everywhere)[0]
     widest, narrowest = (widths.counts(graph, everywhere, f) for f in (1.0, 0.0))
     weight = widths.unit_bytes(graph, widest, narrowest, size)
     a, b = weight["model.layers.0.self_attn"], weight["model.layers.0.mlp"]

@@ -17,22 +17,12 @@ from qpruner.judge import loss as judge
 from qpruner.model import corpus, cost, load, memory
 from qpruner.model.scratch import Scratch
 from qpruner.plan import Budget
-from qpruner.prepare import (
-    Prepared,
-    any_layers,
-    bytes_of,
-    evaluation_batch,
-    forecast_for,
-    limit_of,
-    prepare,
-    require_weights,
-    shape_of,
-    widths_for,
-)
+from qpruner.prepare import Prepared, bytes_of, limit_of, prepare, require_weights
 from qpruner.progress import OnProgress, silent
 from qpruner.recipe import Recipe
 from qpruner.report.facts import Facts
 from qpruner.run import Run, digest_of
+from qpruner.shape import any_layers, evaluation_batch, forecast_for, shape_of, widths_for
 from qpruner.study import study as run_study
 
 

@@ -41,9 +41,10 @@ from qpruner.model.surgery import narrow_
 from qpruner.model.tensors import Cut, Named, Renamed, Stored
 from qpruner.model.whole import Streamable, opened
 from qpruner.plan import SPECS, Plan
-from qpruner.prepare import EVALUATION_BATCH, Prepared, evaluation_batch, stored_sizes, without_layers
+from qpruner.prepare import Prepared, without_layers
 from qpruner.progress import OnProgress
 from qpruner.run import Journal, Run, digest_of
+from qpruner.shape import EVALUATION_BATCH, evaluation_batch, stored_sizes
 
 INFORMATION_WINDOWS = 32
 HEADER_SLACK = 4  # bytes per linear

@@ -23,11 +23,11 @@ class Stage:
 
     def __init__(self, model: nn.Module, layers: list[nn.Module], residence: Residence, device: torch.device):
         self._model, self._layers, self._residence, self._device = model, layers, residence, device
-        self._returned: tuple | None = None  # what a layer returns after its hidden states; None for nothing
+        self._as_returned: Callable[[Tensor], Any] | None = None  # hidden states -> what a layer returns; learned once
 
     def before(self, ids: Tensor) -> tuple[Tensor, list[Arguments]]:
         """Of one batch: the hidden states that reach the first layer, and the other arguments of every layer."""
-        if self._returned is None:
+        if self._as_returned is None:
             self._learn_what_is_returned(ids[:1])
         first, found = [], []
 
@@ -93,11 +93,8 @@ class Stage:
                 f"the decoder layers of {type(self._model).__name__} do not return hidden states in the shape in which "
                 "they take them, one row per window, so they cannot run one at a time. It has to fit in memory."
             )
-        self._returned = tuple(output[1:]) if isinstance(output, tuple | list) else ()
-        self._wrapped = isinstance(output, tuple | list)
-
-    def _as_returned(self, hidden: Tensor):
-        return (hidden, *self._returned) if self._wrapped else hidden
+        wrapped = isinstance(output, tuple | list)
+        self._as_returned = (lambda h: (h, *output[1:])) if wrapped else (lambda h: h)
 
     def _up_to(self, stand_in: Callable[[int, tuple, dict], Any], ids: Tensor) -> None:
         with self._residence.ends("before"), self._standing_in(stand_in), torch.no_grad():
