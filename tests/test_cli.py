@@ -38,7 +38,7 @@ def test_inspect_prints_json_from_a_configuration_alone(model):
     assert found.returncode == 0, found.stderr
     shown = json.loads(found.stdout)
     assert shown["bytes_16bit"] == 2 * shown["parameters"]
-    assert {g["kind"] for g in shown["groups"]} == {"kv_group", "query_head", "channel"}
+    assert {g["kind"] for g in shown["groups"]} == {"kv_group", "query_head", "channel", "residual"}
 
 
 def test_evaluate_prints_what_checks_rely_on(model, tmp_path):

@@ -73,7 +73,8 @@ def linear_dims(module: nn.Module) -> tuple[int, int] | None:
         return module.nf, module.nx
     dims = getattr(module, "out_features", None), getattr(module, "in_features", None)
     weight = getattr(module, "weight", None)
-    return dims if all(isinstance(d, int) for d in dims) and (weight is None or weight.shape == dims) else None
+    shaped = weight is None or weight.shape == dims or weight.dim() == 1  # a packed weight is flat
+    return dims if all(isinstance(d, int) for d in dims) and shaped else None
 
 
 def linear_sites(model: nn.Module) -> dict[str, LinearSite]:
