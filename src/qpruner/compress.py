@@ -33,7 +33,7 @@ from qpruner.do.streamed import LayerByLayer
 from qpruner.files import write_text
 from qpruner.judge import loss as judge
 from qpruner.judge.speed import measure_in_fresh_process
-from qpruner.model import adapters, checkpoint, cost, depth, load
+from qpruner.model import adapters, checkpoint, cost, depth, load, memory
 from qpruner.model.scratch import Scratch
 from qpruner.model.skeleton import build_skeleton
 from qpruner.model.stream import Pace
@@ -399,8 +399,9 @@ class Compression:
         return judged | self._speed("artifact", folder, weights)
 
     def _speed(self, which: str, folder: Path, weights: str) -> dict:
-        """Memory and tokens per second, in a process of its own; nothing when it was not asked for."""
-        if not self._measure_speed:
+        """Memory and tokens per second, in a process of its own; nothing if not asked for, or where it does not fit."""
+        tensors = load.inspect_source(str(folder), trust_remote_code=self.shape.source.trust_remote_code).tensors
+        if not self._measure_speed or not memory.fits(tensors, self.prepared.forecast.limit):
             return {}
         self._on_progress(f"speed of the {which}", 0, 1)
         measured = self.run.values(

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from qpruner.errors import OutputError
 from qpruner.files import file_digest, replacing, write_text
+from qpruner.model.memory import peak_bytes
 
 
 def digest_of(value: Any) -> str:
@@ -100,7 +101,7 @@ class Run:
             seconds = time.monotonic() - start
             self.stages[stage] = {"inputs": inputs_digest, "digest": file_digest(path), "seconds": round(seconds, 3)}
             write_text(self._file, json.dumps(self.stages, indent=1) + "\n")
-            self.event("stage done", stage=stage, seconds=round(seconds, 3))
+            self.event("stage done", stage=stage, seconds=round(seconds, 3), peak_bytes=peak_bytes())
         # Always what the file holds: a resumed run must see exactly what the first one went on with.
         return read(path)
 

@@ -23,7 +23,7 @@ from qpruner.model.graph import Graph
 
 SCORE_COPIES = {"element-first": 1, "element-mixed": 2}  # float32 tensors per weight of a layer
 LOGIT_COPIES = 5  # float32 logits, shifted, log-probabilities, gradients; or those of a second model
-LOFTQ_COPIES = 7  # of the largest matrix in float32: itself, rounded, error, factors of its decomposition
+LOFTQ_COPIES = 14  # of the largest matrix in float32: itself, rounded, error, factors of its decomposition
 FORWARD_COPIES, BACKWARD_COPIES = 1.5, 3.0  # of what goes in and out of a layer's linears
 ARENA = 96 * 2**20  # what the allocator keeps besides
 

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from qpruner.files import replacing, write_text
 from qpruner.model.checkpoint import TORCH_DTYPES
 from qpruner.model.cost import TORCH_NAMES
+from qpruner.model.tensors import Stored
 
 
 class Scratch:
@@ -86,7 +87,11 @@ class Scratch:
         return name in self._results or (self._folder is not None and (self._folder / f"{name}.safetensors").is_file())
 
     def result(self, name: str) -> dict[str, Tensor]:
-        return self._results[name] if self._folder is None else load_file(self._folder / f"{name}.safetensors")
+        if self._folder is None:
+            return self._results[name]
+        # not load_file: it maps the file, and one small tensor that is kept would keep all of it in memory
+        stored = Stored([self._folder / f"{name}.safetensors"])
+        return {key: stored.read(key) for key in stored.places}
 
     def clear(self) -> None:
         """Let go of everything, once what was made of it is stored elsewhere."""
