@@ -25,7 +25,8 @@ SCORE_COPIES = {"element-first": 1, "element-mixed": 2}  # float32 tensors per w
 LOGIT_COPIES = 5  # float32 logits, shifted, log-probabilities, gradients; or those of a second model
 LOFTQ_COPIES = 14  # of the largest matrix in float32: itself, rounded, error, factors of its decomposition
 FORWARD_COPIES, BACKWARD_COPIES = 1.5, 3.0  # of what goes in and out of a layer's linears
-ARENA = 96 * 2**20  # what the allocator keeps besides
+TRAINING_COPIES = 2  # the same in every layer, with what dropout and adapters keep
+ARENA, LIBRARIES = 96 * 2**20, 256 * 2**20  # what the allocator keeps besides; peft, the trainer and botorch
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,8 @@ def stages_of(sizes: Sizes, work: Work, hidden_size: int, *, resident: bool) -> 
     if work.quantizes and work.whole_bytes is None:
         stages["quantizing"] = weights * 4 // item + LOFTQ_COPIES * sizes.matrix * 4
     if work.whole_bytes is not None:
-        training = work.training_tokens * (sizes.all_widths * 4 + LOGIT_COPIES * work.vocabulary * 4)
-        stages[WHOLE] = work.whole_bytes + max(training, LOFTQ_COPIES * sizes.matrix * 4)
+        training = work.training_tokens * 4 * (TRAINING_COPIES * sizes.all_widths + LOGIT_COPIES * work.vocabulary)
+        stages[WHOLE] = work.whole_bytes + LIBRARIES + max(training, LOFTQ_COPIES * sizes.matrix * 4)
     present = present_bytes() + ARENA
     return {name: int(present + size) for name, size in stages.items()}
 
