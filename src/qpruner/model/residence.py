@@ -1,5 +1,7 @@
 """Weights that come into a model on the meta device when they are needed, and go again."""
 
+import ctypes
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,6 +13,13 @@ from torch import Tensor, nn
 
 from qpruner.model.skeleton import decoder_layers
 from qpruner.model.tensors import Tensors
+
+
+def give_back_memory() -> None:
+    """Have what was freed return to the system: glibc keeps smaller pieces, and fragments add up layer by layer."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:  # other C libraries have none
+        trim(0)
 
 
 class Residence:
@@ -51,6 +60,8 @@ class Residence:
                     yield i, self.model.get_submodule(self._layers[i])
                 finally:
                     self._take_away(names)
+                    if not self.keep:
+                        give_back_memory()
 
     @contextmanager
     def ends(self, side: Literal["before", "after", "both"]) -> Iterator[None]:
