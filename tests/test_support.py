@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from typer.testing import CliRunner
 
@@ -81,8 +82,9 @@ def test_a_wrong_cut_is_seen(monkeypatch, tmp_path):
 
 def test_a_spoiled_artifact_is_seen(tmp_path):
     assert check_architecture("llama", tmp_path / "llama").passes
-    logits, bound = torch.load(tmp_path / "llama" / proof.LOGITS)
-    torch.save((logits + 1e-6 * logits.abs().max(), bound), tmp_path / "llama" / proof.LOGITS)
+    stored = load_file(tmp_path / "llama" / proof.LOGITS)
+    stored["logits"] = stored["logits"] + 1e-6 * stored["logits"].abs().max()
+    save_file(stored, tmp_path / "llama" / proof.LOGITS)
     assert "other logits, by 1e-06" in proof.load_fault(tmp_path / "llama")
 
 

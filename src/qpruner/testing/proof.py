@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -43,7 +44,7 @@ ROUNDED = 1e-4  # for a model that rounds to float32 inside: 2**-24, times what 
 LARGEST = 10**8  # parameters of a model that is still called tiny
 DTYPES = {torch.float64: "F64", torch.float32: "F32"}
 ZEROED = ("kv_group", "query_head", "channel")  # kinds whose removal is zeros in the columns of consumers
-ARTIFACT, LOGITS = "artifact", "logits.pt"
+ARTIFACT, LOGITS = "artifact", "logits.safetensors"
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def prove(model: PreTrainedModel, graph: Graph, folder: Path) -> str:
     prove_generation(model, small, reference)
     prove_streaming(model, small, graph, kept)
     save(folder, small, graph, plan, model.config, predicted)
-    torch.save((logits_of(small), bound), folder / LOGITS)
+    save_file({"logits": logits_of(small), "bound": torch.tensor(bound, dtype=torch.float64)}, folder / LOGITS)
     return remark
 
 
@@ -255,7 +256,8 @@ def load_fault(folder: Path) -> str:
     try:
         model = AutoModelForCausalLM.from_pretrained(folder / ARTIFACT)
         model.config._experts_implementation = "eager"
-        expected, bound = torch.load(folder / LOGITS)
+        stored = load_file(folder / LOGITS)
+        expected, bound = stored["logits"], stored["bound"].item()
         d = distance(logits_of(model), expected)
     except Exception as error:  # of the model's own code or ours: the table says which
         return f"the saved artifact does not load: {type(error).__name__}: {first_line(error)}"
