@@ -27,7 +27,6 @@ class Scratch:
         self._folder = folder
         self._arrays: dict[str, dict[int, Tensor]] = {}  # without a folder: first row -> rows
         self._results: dict[str, dict[str, Tensor]] = {}
-        self.bytes_written = 0
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -48,7 +47,6 @@ class Scratch:
             os.pwrite(descriptor, memoryview(rows.flatten().view(torch.uint8).numpy()), first * row_bytes)
         finally:
             os.close(descriptor)
-        self.bytes_written += rows.nbytes
 
     def get(self, array: str, first: int, n: int) -> Tensor:
         """Rows `first` to `first + n - 1`, in memory of their own."""
