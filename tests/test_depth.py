@@ -9,7 +9,7 @@ from test_surgery import continued, everything
 from tiny import tiny, tiny_config
 
 from qpruner.errors import ModelError, PlanError
-from qpruner.model.depth import check_depth, shortened, shortened_config, tensor_names, with_layers
+from qpruner.model.depth import check_depth, shortened, shortened_config, tensor_names
 from qpruner.model.discover import discover
 from qpruner.model.skeleton import build_skeleton, decoder_layers
 from qpruner.model.surgery import narrow_
@@ -28,6 +28,18 @@ CASES = [
     ("gemma3_text", FIVE | dict(head_dim=8, sliding_window=4, layer_types=[f"{t}_attention" for t in TYPES])),
     ("smollm3", FIVE | dict(no_rope_layers=[1, 0, 1, 0, 0], pad_token_id=0)),
 ]  # fmt: skip
+
+
+def with_layers(model, graph, layers):
+    """The model of these layers, which shares its tensors with the whole one."""
+    short = build_skeleton(shortened_config(model.config, layers))
+    state = model.state_dict(keep_vars=True)
+    names = tensor_names(graph, layers, state)
+    short.load_state_dict({new: state[old] for new, old in names.items()}, assign=True)
+    short.tie_weights()
+    return short
+
+
 LAYERS = (0, 3, 4)
 
 

@@ -175,13 +175,3 @@ def _shortened_group(group: Group, renamed: Renaming, number: dict[int, int]) ->
         consumers=renamed.of_keys(group.consumers),
         tensors=renamed.of_keys(group.tensors),
     )
-
-
-def with_layers(model: nn.Module, graph: Graph, layers: Sequence[int]) -> nn.Module:
-    """The model of these layers, which shares its tensors with the whole one."""
-    short = build_skeleton(shortened_config(model.config, layers))
-    state = model.state_dict(keep_vars=True)
-    names = tensor_names(graph, layers, state)
-    short.load_state_dict({new: state[old] for new, old in names.items()}, assign=True)
-    short.tie_weights()
-    return short
