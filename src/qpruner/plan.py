@@ -83,6 +83,17 @@ class Recovery(Value):
     warmup_steps: int = 10
 
 
+class Reconstruction(Value):
+    """How linears that read pruned units are refitted. Field meanings are those of the recipe's keys of the same names.
+
+    method: `bias` moves biases only; `least-squares` moves weights too.
+    """
+
+    method: Literal["bias", "least-squares"]
+    dampings: tuple[float, ...]
+    held_out: float
+
+
 class Plan(Value):
     """Everything that will be done to a model, complete: it decides every group and every linear of its decoder layers.
 
@@ -91,6 +102,8 @@ class Plan(Value):
         else in the plan is named in the model of these layers.
     kept: indices of the units that stay, ascending, for every group of the graph. A kv group that goes takes its query
         heads with it, whatever is said of those.
+    reconstruction: of the linears that lost inputs, right after the cuts; None for slicing alone.
+    added_biases: linears that get a bias they did not have.
     specs: for every linear inside the decoder layers.
     adapter_ranks: rank of the adapter of each linear that gets one; empty for no adapters.
     adapters: whether adapters are stored beside the base or merged into it.
@@ -101,6 +114,8 @@ class Plan(Value):
     model_digest: str
     layers: tuple[int, ...] | None = None
     kept: dict[str, tuple[int, ...]]
+    reconstruction: Reconstruction | None = None
+    added_biases: tuple[str, ...] = ()
     specs: dict[str, QuantSpec]
     adapter_ranks: dict[str, int] = {}
     adapters: Literal["beside", "merged"] = "beside"

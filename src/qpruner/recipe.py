@@ -11,7 +11,11 @@ from pydantic import Field, ValidationError, model_validator
 from qpruner.errors import RecipeError, listed
 from qpruner.plan import Recovery, Value
 
-Score = Literal["vector", "element-first", "element-second", "element-mixed", "magnitude", "random"]
+Score = Literal[
+    "vector", "element-first", "element-second", "element-mixed", "coarse", "hybrid", "wanda-sp", "flap", "magnitude",
+    "random",
+]  # fmt: skip
+Fusion = Literal["fine", "coarse", "mean", "attention", "learned", "best"]
 Units = Literal["kv_group", "query_head", "channel", "expert", "residual"]
 Allocation = Literal["uniform", "random", "mutual-information", "sensitivity", "bayesian"]
 
@@ -20,24 +24,38 @@ class Recipe(Value):
     """How a model is compressed.
 
     Pruning
-        score: importance of a unit; the four Taylor scores are LLM-Pruner's.
+        score: importance of a unit. `vector` and `element-*` are LLM-Pruner's; `coarse` sums over a unit before the
+            modulus is taken, and `hybrid` fuses it with `element-mixed` (HyWIA); `wanda-sp` and `flap` look at inputs of
+            the linears that read a unit; `magnitude` and `random` are controls.
+        fusion, fusion_steps: of `hybrid`: how its two scores become one; `best` tries all and keeps what loses least on
+            the search text. Steps that the learned attention is trained.
         units: kinds of units that are pruned: kv groups (key/value heads with the query heads that share them), query
             heads inside kv groups, MLP channels, whole experts, channels of the hidden states.
         scope: `layer`: every pruned layer keeps the same fraction. `global`: units of all pruned layers compete, by
             score per stored byte.
         kept: fraction of the units that stays in each pruned layer, at most; of their bytes in scope `global`.
+        worth: what units compete by in scope `global`: their score per stored byte, or the bare score.
         shrink_to_fit: prune below `kept` as far as the budget asks for it.
+        fit_by: what shrinks: the width of the layers, or their number.
         mean_bits: bits per weight that the pruned linears are to have on average when widths are fitted to the budget;
             what it leaves above the smallest of `bits` is what an allocation can give out.
         kept_per_layer: `kept` of single layers, by index; these are pruned exactly so, even where protected.
         layers_kept: fraction of the decoder layers that stays at all; those with the lowest scores go before anything
             else, and the other keys speak of the layers that are left.
+        layer_score: of a whole layer: the sum over its units, or how much it changes the hidden states (ShortGPT).
         layers: first and last-plus-one decoder layer to prune; without it the protected fractions below decide.
         protect_first, protect_last: fraction of the decoder layers left whole at either end, rounded up.
         width_grid: kept channels are a multiple of this (or all).
         selection: `grid`, or `llm-pruner` for that method's own rule of counting, which knows no grid.
         calibration_windows, window: texts for the scores, and tokens in each.
         precision: that scores, mutual information and losses are computed in; bfloat16 is faster where hardware has it.
+    Reconstruction
+        reconstruction: what the linears that read pruned units get to make up for them: nothing, another bias (FLAP), or
+            the weights that imitate the original best (least squares).
+        added_biases: give them a bias where they have none; the artifact is then of a type of our own.
+        dampings: strengths that are tried, as fractions of the mean diagonal of the Gram matrix; the one that does best
+            on held-out calibration tokens is taken, or none at all if that does.
+        held_out: fraction of the calibration windows that dampings are tried on.
     Bits
         bits: choices for each linear inside the decoder layers; 16 means unquantized.
         allocation: who decides between them.
@@ -58,13 +76,18 @@ class Recipe(Value):
     description: str = ""
 
     score: Score = "element-mixed"
+    fusion: Fusion = "best"
+    fusion_steps: int = Field(default=60, ge=1)
     units: tuple[Units, ...] = ("kv_group", "channel")
     scope: Literal["layer", "global"] = "layer"
     kept: float = Field(default=0.75, gt=0, le=1)
+    worth: Literal["per-byte", "score"] = "per-byte"
     shrink_to_fit: bool = True
+    fit_by: Literal["width", "depth"] = "width"
     mean_bits: float = Field(default=16, ge=1, le=16)
     kept_per_layer: dict[int, float] = {}
     layers_kept: float = Field(default=1, gt=0, le=1)
+    layer_score: Literal["units", "block-influence"] = "units"
     layers: tuple[int, int] | None = None
     protect_first: float = Field(default=0.125, ge=0, le=1)
     protect_last: float = Field(default=0.0625, ge=0, le=1)
@@ -73,6 +96,11 @@ class Recipe(Value):
     calibration_windows: int = Field(default=64, ge=1)
     window: int = Field(default=512, ge=8)
     precision: Literal["float32", "bfloat16"] = "float32"
+
+    reconstruction: Literal["none", "bias", "least-squares"] = "none"
+    added_biases: bool = False
+    dampings: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    held_out: float = Field(default=0.25, gt=0, lt=1)
 
     bits: tuple[Literal[4, 8, 16], ...] = (16,)
     allocation: Allocation = "uniform"
