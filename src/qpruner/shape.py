@@ -10,7 +10,7 @@ import torch
 
 from qpruner.decide import widths
 from qpruner.decide.draft import draft
-from qpruner.decide.scores import BATCH_TOKENS
+from qpruner.decide.saliences import BATCH_TOKENS
 from qpruner.errors import BudgetError, ModelError
 from qpruner.model import cost, depth, load, memory
 from qpruner.model.discover import discover
