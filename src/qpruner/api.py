@@ -183,7 +183,7 @@ def inspect(
         return found
     chosen = recipes.load(recipe or "qpruner") if not isinstance(recipe, Recipe) else recipe
     limit = limit_of(Budget.parse(budget), source) if budget else source.bytes_16bit
-    shape = any_layers(shape, chosen)
+    shape = any_layers(shape, chosen, limit)
     counts = widths_for(shape, chosen, limit)
     kept = widths.first_units(shape.graph, counts)
     sizes = {bits: shape.size(shape.plan(chosen, kept, bits)) for bits in chosen.bits}
