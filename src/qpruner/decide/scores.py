@@ -209,10 +209,20 @@ def magnitude(stream, graph, windows, generator, scratch, on_layer) -> UnitScore
     for layer, _ in stream.layers():
         for site in sites_of(graph, layer):
             W = stream.model.get_parameter(names_of(site)[0]).detach()
-            for dim in (0, 1):
-                parts = [matrix.of(W).double().square().sum(dim) for matrix in matrices_of(site)]
-                saliences[site.name, dim] = torch.cat(parts)
+            parts = [squares(matrix.of(W)) for matrix in matrices_of(site)]
+            for dim, vectors in enumerate(zip(*parts, strict=True)):
+                saliences[site.name, dim] = torch.cat(vectors)
     return per_unit(graph, saliences)
+
+
+def squares(W: Tensor) -> tuple[Tensor, Tensor]:
+    """sum w^2 of every column, and of every row, in float64, with no temporary as large as the weight."""
+    columns, by_row = 0.0, []
+    for rows in tiles(*W.shape):
+        part = W[rows].double().square()
+        columns = columns + part.sum(0)
+        by_row.append(part.sum(1))
+    return columns, torch.cat(by_row)
 
 
 def random_scores(stream, graph, windows, generator, scratch, on_layer) -> UnitScores:

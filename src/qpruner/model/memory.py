@@ -24,7 +24,7 @@ from qpruner.model.graph import Graph
 SCORE_COPIES = {"element-first": 1, "element-mixed": 2}  # float32 tensors per weight of a layer
 FORWARD_SCORES = ("wanda-sp", "flap")  # which no gradient is taken for
 WEIGHT_SCORES = ("magnitude", "random")  # nor any pass
-WIDE_INPUT, WIDE_WEIGHT = 3 * 8, 2 * 8  # bytes for each number of one linear's inputs, or of its weight, in float64
+WIDE_COPIES = 3 * 8  # bytes for each number of one linear's inputs, or of its weight, while it is in float64
 LOGIT_COPIES = 5  # float32 logits, shifted, log-probabilities, gradients; or those of a second model
 LOFTQ_COPIES = 14  # of the largest matrix in float32: itself, rounded, error, factors of its decomposition
 FORWARD_COPIES, BACKWARD_COPIES = 1.5, 3.0  # of what goes in and out of a layer's linears
@@ -139,7 +139,7 @@ def stages_of(sizes: Sizes, work: Work, hidden_size: int, *, resident: bool) -> 
     states = lambda arrays: n_windows * window * hidden_size * item * arrays if resident else 0
     scores = SCORE_COPIES.get(work.score, 0) * sizes.layer * 4 + sizes.matrix * 2 * item
     through = weights + FORWARD_COPIES * work.score_tokens * sizes.widths * item + states(2)
-    through = max(outside, through + WIDE_INPUT * work.score_tokens * sizes.widest)
+    through = max(outside, through + WIDE_COPIES * work.score_tokens * sizes.widest)
     backward = weights + scores + BACKWARD_COPIES * work.score_tokens * sizes.widths * item + states(sizes.n_layers + 2)
     loss = outside + LOGIT_COPIES * work.score_tokens * work.vocabulary * 4 + states(sizes.n_layers + 2)
     loss += weights if resident else 0
@@ -149,7 +149,7 @@ def stages_of(sizes: Sizes, work: Work, hidden_size: int, *, resident: bool) -> 
     if work.score in FORWARD_SCORES:
         importance = through
     elif work.score in WEIGHT_SCORES:
-        importance = weights + WIDE_WEIGHT * sizes.matrix
+        importance = weights + sizes.layer_stored + WIDE_COPIES * sizes.matrix
     stages = {"importance": importance, "judging": max(forward, tail)}
     if work.measures_influence:
         stages["block influence"] = through
