@@ -9,9 +9,9 @@ Notation
     m        mean diagonal of A
     damping  ridge strength as a fraction of m
 
-Minimised is |X V^T + b - Y|^2 + damping m |V - W|^2: damping pulls towards plain slicing, not towards zero, and a bias is
-free. Infinite damping is slicing; with a bias it is FLAP's bias compensation (arXiv 2312.11983). All rows of V share one
-Cholesky factor. Source: normal equations; per decoder layer with targets of the unpruned model as in HyWIA (2403.10799).
+Minimised is |X V^T + b - Y|^2 + damping m |V - W|^2: damping pulls towards plain slicing, not towards zero, and a bias
+is free. Infinite damping is slicing; with a bias it is FLAP's bias compensation (arXiv 2312.11983). All rows of V share
+one Cholesky factor. Source: normal equations; as a step after structured pruning, HyWIA (arXiv 2403.10799).
 """
 
 import math
@@ -60,7 +60,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Repair:
-    """A repaired map. damping: what it took, infinite for slicing. condition: of what was solved; 1 where nothing was."""
+    """A repaired map. damping: that it took, infinite for slicing. condition: of what was solved, 1 for slicing."""
 
     V: Tensor
     b: Tensor | None
