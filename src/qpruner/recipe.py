@@ -25,8 +25,8 @@ class Recipe(Value):
 
     Pruning
         score: importance of a unit. `vector` and `element-*` are LLM-Pruner's; `coarse` sums over a unit before the
-            modulus is taken, and `hybrid` fuses it with `element-mixed` (HyWIA); `wanda-sp` and `flap` look at inputs
-            of the linears that read a unit; `magnitude` and `random` are controls.
+            modulus is taken, and `hybrid` fuses it with `element-mixed` (HyWIA); `wanda-sp` and `flap` look at the
+            inputs of linears that read a unit; `magnitude` and `random` are controls.
         fusion, fusion_steps: of `hybrid`: how its two scores become one; `best` tries all and keeps what loses least on
             the search text. Steps that the learned attention is trained.
         units: kinds of units that are pruned: kv groups (key/value heads with the query heads that share them), query
