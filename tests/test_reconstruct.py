@@ -5,7 +5,7 @@ import torch
 from tiny import tiny
 from tiny_stream import streamed
 
-from qpruner.do.reconstruct import FACTS, reconstruct, refitted
+from qpruner.do.reconstruct import FACTS, facts_of, reconstruct
 from qpruner.math.least_squares import Moments, repair
 from qpruner.model.discover import discover
 from qpruner.model.scratch import Scratch
@@ -96,6 +96,7 @@ def test_it_comes_closer_to_the_original(family):
         expected = model(IDS).logits
     distance = lambda logits: (logits - expected).square().mean()
     print(distance(pruned.logits()), distance(pruned.logits(results)))
-    rows = refitted(results)
-    for row in rows: print(row)
+    rows = [row for i, result in enumerate(results) for row in facts_of(i, result)]
+    for row in rows:
+        print(row)
     assert distance(pruned.logits(results)) < distance(pruned.logits())

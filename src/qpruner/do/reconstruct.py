@@ -21,12 +21,12 @@ from torch import Tensor
 
 from qpruner.math.least_squares import Moments, Repair, repair, repairs, squared_error
 from qpruner.model.graph import Graph, LinearSite
+from qpruner.model.memory import REFIT_TOKENS
 from qpruner.model.scratch import Scratch
 from qpruner.model.stream import OnLayer, Results, Step, Stream
 from qpruner.model.surgery import bereft, refill_, remaining
 from qpruner.plan import Plan, Reconstruction
 
-BATCH_TOKENS = 2048  # that go through a layer at once
 ROWS = "linears.json"  # beside the files of a finished reconstruction
 FACTS = "facts:"  # before the name of a linear, in a layer's result
 UNSEEN = [math.nan, 1.0, 1.0, 1.0, 0]  # facts of a linear that does not see every token
@@ -62,7 +62,7 @@ def reconstruct(
     scratches: tuple[Scratch, Scratch],
     on_layer: OnLayer | None = None,
 ) -> Results:
-    """For every layer of the pruned model: the tensors that change, by name, and facts that `refitted` reads.
+    """For every layer of the pruned model: the tensors that change, by name, and facts that `facts_of` reads.
 
     Args:
         pruned: by the plan, added biases at zero.
@@ -71,7 +71,7 @@ def reconstruct(
         dtype: in which weights and biases will be stored.
         scratches: of the original and of the pruned model; an interrupted walk goes on after its last finished layer.
     """
-    size = max(1, BATCH_TOKENS // windows.shape[1])
+    size = max(1, REFIT_TOKENS // windows.shape[1])
     number = dict(zip(plan.layers or range(original.n_layers), range(pruned.n_layers), strict=True))
     rows, sites = remaining(graph, plan.kept), bereft(graph, plan.kept)
     ours = pruned.steps(windows, scratches[1], batch_size=size, on_layer=on_layer)
@@ -92,31 +92,34 @@ def reconstruct(
     return pruned.results(scratches[1])
 
 
-def refitted(results: Iterable[Mapping[str, Tensor]]) -> list[dict]:
-    """The facts of every refitted linear, `Refitted` as JSON holds it."""
+def facts_of(layer: int, result: Mapping[str, Tensor]) -> list[dict]:
+    """Of every refitted linear of a layer: `Refitted` as JSON holds it."""
     found = []
-    for layer, result in enumerate(results):
-        for key, tensor in result.items():
-            if key.startswith(FACTS):
-                damping, condition, error_sliced, error, tokens = tensor.tolist()
-                choice = "sliced" if math.isnan(damping) else "bias" if math.isinf(damping) else "least-squares"
-                of = Refitted(
-                    linear=key.removeprefix(FACTS), layer=layer, choice=choice,
-                    damping=damping if choice == "least-squares" else None, condition=condition,
-                    error_sliced=error_sliced, error=error, tokens=int(tokens),
-                )  # fmt: skip
-                found.append(asdict(of))
+    for key, tensor in sorted(result.items()):
+        if key.startswith(FACTS):
+            damping, condition, error_sliced, error, tokens = tensor.tolist()
+            choice = "sliced" if math.isnan(damping) else "bias" if math.isinf(damping) else "least-squares"
+            of = Refitted(
+                linear=key.removeprefix(FACTS), layer=layer, choice=choice,
+                damping=damping if choice == "least-squares" else None, condition=condition,
+                error_sliced=error_sliced, error=error, tokens=int(tokens),
+            )  # fmt: skip
+            found.append(asdict(of))
     return found
 
 
-def write(results: Iterable[Mapping[str, Tensor]], folder: Path) -> None:
+def write_refitted(results: Iterable[Mapping[str, Tensor]], folder: Path) -> None:
     """One file of tensors for each layer that has some, and the facts of all linears."""
     rows = []
     for layer, result in enumerate(results):
-        rows += [row | {"layer": layer} for row in refitted([result])]
+        rows += facts_of(layer, result)
         if tensors := {name: tensor for name, tensor in result.items() if not name.startswith(FACTS)}:
             save_file(tensors, folder / f"{layer}.safetensors")
     (folder / ROWS).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def read_facts(folder: Path) -> list[dict]:
+    return json.loads((folder / ROWS).read_text())
 
 
 class _Layer:
