@@ -102,7 +102,7 @@ def add_biases_(model: nn.Module, names: Iterable[str]) -> None:
         )
 
 
-def refill_(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+def refill_(linear: nn.Module, weight: Tensor, bias: Tensor | None = None) -> None:
     """Other values for a linear, its weight as the module stores it."""
     with torch.no_grad():
         linear.weight.copy_(weight)
