@@ -19,7 +19,7 @@ PLAIN = 0.02  # of the output: what the sum may change otherwise when the output
 
 @dataclass(frozen=True)
 class Seen:
-    """Of one batch, flat over tokens: what a linear is given, what it gives, and the rest of the sum that this joins."""
+    """Of one batch, flat over tokens: what a linear is given, what it gives, and the rest of the sum it joins."""
 
     X: Tensor
     Y: Tensor
@@ -117,7 +117,7 @@ def _behind(step: Step, inner: str, times: int) -> dict[str | None, Tensor]:
     def at(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             value = _first(args, kwargs)
-            if None in found and value is not None and value.numel() == found[None].numel():
+            if None in found and value is not None and value.dim() > 1 and value.numel() == found[None].numel():
                 found.setdefault(name, _flat(value))
 
         return hook

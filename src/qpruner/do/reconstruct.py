@@ -149,7 +149,7 @@ class _Layer:
         while to_do:
             inner, junction = next(iter(to_do.items()))
             del to_do[inner]
-            later = [name for name, other in to_do.items() if other.place == junction.place]
+            later = [name for name, other in to_do.items() if other.place == junction.place is not None]
             result |= self._refit(inner, junction, later)
         self._theirs.pass_all_on()
         self._ours.pass_all_on()
@@ -177,12 +177,11 @@ class _Layer:
         found, facts = (None, UNSEEN) if parts is None else _chosen(W, b, *parts, self._settings)
         result = {FACTS + site.name: torch.tensor(facts, dtype=torch.float64)}
         changed: dict[str, Tensor] = {}
-        if found is not None:
-            weight = found.V.T if site.transposed else found.V
-            changed = {"weight": weight.to(self._dtype)} | ({} if b is None else {"bias": found.b.to(self._dtype)})
-            refill_(linear, **changed)
-        elif b is not None and not site.bias:
-            changed = {"bias": b.to(self._dtype)}  # zero, and stored nowhere else
+        if found is not None and math.isfinite(found.damping):
+            changed["weight"] = (found.V.T if site.transposed else found.V).to(self._dtype)
+        if b is not None and (found is not None or not site.bias):  # an added one is stored nowhere else
+            changed["bias"] = (b if found is None else found.b).to(self._dtype)
+        refill_(linear, **changed)
         return result | {f"{site.name}.{name}": tensor for name, tensor in changed.items()}
 
     def _moments(self, junction: Junction, later: list[str], W: Tensor) -> tuple[Moments, Moments] | None:

@@ -102,12 +102,11 @@ def add_biases_(model: nn.Module, names: Iterable[str]) -> None:
         )
 
 
-def refill_(linear: nn.Module, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Other values for a linear, its weight as the module stores it."""
+def refill_(linear: nn.Module, **tensors: Tensor) -> None:
+    """Other values for the weight, as the module stores it, or the bias of a linear."""
     with torch.no_grad():
-        linear.weight.copy_(weight)
-        if bias is not None:
-            linear.bias.copy_(bias)
+        for name, tensor in tensors.items():
+            getattr(linear, name).copy_(tensor)
 
 
 def modules_of(group: Group) -> list[str]:
