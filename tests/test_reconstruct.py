@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import tiny
 from tiny_stream import streamed
+from torch import nn
 
 from qpruner.do import reconstruct as module
 from qpruner.do.junction import Junction
@@ -265,10 +266,19 @@ def test_a_bias_alone_is_flap(family, added):
     assert not any(n.endswith(".weight") and not n.startswith(FACTS) for n in found)
 
 
+class Deaf(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T
+
+
 def test_a_bias_is_added_to_a_plain_linear_without_one():
     opt = tiny("opt")
     with pytest.raises(ModelError, match="'model.decoder.layers.0.fc2' is a Linear, and biases are added to"):
         add_biases_(opt, ["model.decoder.layers.0.fc2"])
+    llama, name = tiny("llama"), "model.layers.0.mlp.down_proj"
+    llama.set_submodule(name, Deaf(40, 24, bias=False))
+    with pytest.raises(ModelError, match="is a Deaf, and biases are added to an nn.Linear without one"):
+        add_biases_(llama, [name])
     graph = discover(opt)
     plan = plan_for(graph, {name: tuple(range(g.n_units)) for name, g in graph.groups.items()})
     plan = plan.model_copy(update={"added_biases": ("model.decoder.layers.0.fc2",)})
