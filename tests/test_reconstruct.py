@@ -132,6 +132,19 @@ def test_it_comes_closer_to_the_original(family):
     assert distance(pruned.logits(pruned.results())) < 0.5 * distance(pruned.logits())
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_channels_of_the_hidden_states_are_made_up_for_too(family):
+    """Then linears lose rows as well, and every one of them reads fewer inputs."""
+    model = tiny(family)
+    graph = discover(model)
+    kept = {name: tuple(range(g.n_units)) for name, g in graph.groups.items()} | {"residual": tuple(range(20))}
+    pruned = Pruned(model, plan_for(graph, kept), graph)
+    results = pruned.results()
+    assert {row["linear"] for row in rows_of(results)} == set(bereft(graph, kept)) > set()
+    distance = lambda logits: (logits - logits_of(model)).square().mean()
+    assert distance(pruned.logits(results)) < distance(pruned.logits())
+
+
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "mixtral"])
 def test_doubles_go_at_no_loss(family):
     model = tiny(family)

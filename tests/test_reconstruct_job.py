@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,15 @@ def test_the_recipe_s_settings_reach_the_linears(model, tmp_path, short_text):
     rows = json.loads(rows_file(tmp_path).read_text())
     assert len(rows) == 6 and {row["damping"] for row in rows} <= {0.5, None}
     assert all(row["error"] <= row["error_sliced"] and row["tokens"] == 8 * 64 for row in rows)
+
+
+def test_other_settings_in_the_same_run_folder_are_another_result(model, tmp_path, short_text):
+    other = QUANTIZED.replace("least-squares", "least-squares,dampings=[10.0]")
+    first = compress(model, tmp_path / "out", QUANTIZED, short_text)
+    before = files(first.artifact)
+    shutil.rmtree(first.artifact)
+    again = compress(model, tmp_path / "out", other, short_text)
+    assert before != files(again.artifact) == files(compress(model, tmp_path / "new", other, short_text).artifact)
 
 
 def test_models_that_cannot_walk_layer_by_layer_are_refused(model, tmp_path, short_text, monkeypatch):

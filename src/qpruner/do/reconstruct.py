@@ -38,7 +38,7 @@ UNSEEN = [math.nan, 1.0, 1.0, 1.0, 0]  # facts of a linear that does not see eve
 class Refitted:
     """What became of one linear. Errors are squared, relative to what it should give, on the held-out windows.
 
-    damping: of least squares; None for the others. condition: of the matrix that was solved.
+    damping: of least squares; None for the others. condition: of the matrix that was solved; 1 where none was.
     error, error_sliced: with what the other windows ask for, and as the cut left it.
     tokens: it was fitted to; 0 where it does not see every token, as an expert, and stays sliced.
     """
@@ -216,4 +216,4 @@ def _chosen(
     if best is None:
         return None, [math.nan, 1.0, sliced / whole, sliced / whole, fitted.n]
     final = repair(W, fitted, best, bias=bias)
-    return final, [final.damping, final.condition, sliced / whole, least / whole, fitted.n]
+    return final, [final.damping, final.condition or 1.0, sliced / whole, least / whole, fitted.n]

@@ -60,12 +60,12 @@ class Moments:
 
 @dataclass(frozen=True)
 class Repair:
-    """A repaired map. damping: that it took, infinite for slicing. condition: of what was solved, 1 for slicing."""
+    """A repaired map. damping: that it took, infinite for slicing. condition: of what was solved, if asked for."""
 
     V: Tensor
     b: Tensor | None
     damping: float
-    condition: float
+    condition: float | None = None
 
 
 def repair(W: Float[Tensor, "d_out k"], moments: Moments, damping: float, *, bias: bool) -> Repair:
@@ -77,13 +77,18 @@ def repair(W: Float[Tensor, "d_out k"], moments: Moments, damping: float, *, bia
     Args:
         bias: whether the map has a bias; it is then part of Y, and moves.
     """
-    return next(repairs(W, moments, [damping], bias=bias))
+    return next(repairs(W, moments, [damping], bias=bias, conditions=True))
 
 
 def repairs(
-    W: Float[Tensor, "d_out k"], moments: Moments, dampings: Iterable[float], *, bias: bool
+    W: Float[Tensor, "d_out k"],
+    moments: Moments,
+    dampings: Iterable[float],
+    *,
+    bias: bool,
+    conditions: bool = False,
 ) -> Iterator[Repair]:
-    """`repair` for one damping after the other."""
+    """`repair` for one damping after the other. conditions: whether to find condition numbers, which takes a while."""
     W, n = W.double(), moments.n
     if not n:
         yield from (sliced(W, moments, bias=bias) for _ in dampings)
@@ -100,7 +105,8 @@ def repairs(
             continue
         B, L, enough = found
         V = W + torch.cholesky_solve(missing, L).T
-        yield Repair(V, mean_bias(V, moments) if bias else None, enough, condition_number(B, L))
+        condition = condition_number(B, L) if conditions else None
+        yield Repair(V, mean_bias(V, moments) if bias else None, enough, condition)
 
 
 def factor(A: Float[Tensor, "k k"], m: Tensor, damping: float) -> tuple[Tensor, Tensor, float] | None:
@@ -117,7 +123,7 @@ def factor(A: Float[Tensor, "k k"], m: Tensor, damping: float) -> tuple[Tensor, 
 
 def sliced(W: Float[Tensor, "d_out k"], moments: Moments, *, bias: bool) -> Repair:
     """The limit of infinite damping: the weight as it is, and the bias that makes up for the mean of what is gone."""
-    return Repair(W, mean_bias(W, moments) if bias and moments.n else None, math.inf, 1.0)
+    return Repair(W, mean_bias(W, moments) if bias and moments.n else None, math.inf)
 
 
 def mean_bias(V: Float[Tensor, "d_out k"], moments: Moments) -> Float[Tensor, " d_out"]:
