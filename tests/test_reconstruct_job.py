@@ -141,9 +141,11 @@ def test_the_recipe_s_settings_reach_the_linears(model, tmp_path, short_text):
 def test_other_settings_in_the_same_run_folder_are_another_result(model, tmp_path, short_text):
     other = QUANTIZED.replace("least-squares", "least-squares,dampings=[10.0]")
     first = compress(model, tmp_path / "out", QUANTIZED, short_text)
-    before = files(first.artifact)
+    information = lambda: json.loads((tmp_path / "out.run/stages.json").read_text())["information"]
+    before, measured = files(first.artifact), information()
     shutil.rmtree(first.artifact)
     again = compress(model, tmp_path / "out", other, short_text)
+    assert information()["inputs"] != measured["inputs"], "what is measured of the refitted model depends on how"
     assert before != files(again.artifact) == files(compress(model, tmp_path / "new", other, short_text).artifact)
 
 
