@@ -128,6 +128,7 @@ def forecast(
 
 WHOLE = "search and recovery"
 LESS = {  # what takes less memory, by stage
+    "reconstruction": "set reconstruction to none: two layers and the moments of their widest linear are in memory",
     "importance": "use shorter windows, or the score `vector`, which keeps no gradient of a weight",
     WHOLE: "use a recipe that never needs the whole pruned model at once: [allocation=mutual-information,steps=0]",
 }
