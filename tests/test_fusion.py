@@ -142,7 +142,9 @@ def trained(setting, *, steps=6, scratch=None, **options):
     blend = Blend(hybrid, pools, graph)
     generator = torch.Generator().manual_seed(0)
     how = dict(steps=steps, generator=generator, scratch=scratch or Scratch(), on_step=lambda *_: None)
-    return blend, train_(blend, streamed(model, **options), WINDOWS, **how)
+    snapshots, curve = train_(blend, streamed(model, **options), WINDOWS, **how)
+    assert all(torch.equal(a, b) for a, b in zip(blend.parameters, snapshots[-1], strict=True))
+    return blend, curve
 
 
 def test_training_moves_the_attention_and_not_the_model(setting):
@@ -204,13 +206,14 @@ def test_a_killed_training_goes_on_where_it_stopped(setting, tmp_path, monkeypat
 
 def made(setting, way, trial=lambda scores: 0.0):
     model, graph, hybrid, pools = setting
-    return fuse(hybrid, pools, graph, way, lambda blend: (1.0,), trial, lambda *_: None)
+    train = lambda blend: ([[sign * p.detach() for p in blend.parameters] for sign in (1, -1)], (1.0,))
+    return fuse(hybrid, pools, graph, way, train, trial, lambda *_: None)
 
 
 def test_the_way_that_loses_least_is_taken_and_named(setting):
-    number = iter([5.0, 4.0, 2.0, 3.0, 6.0])
+    number = iter([5.0, 4.0, 2.0, 3.0, 6.0, 5.5])
     found = made(setting, "best", lambda scores: next(number))
-    assert found.way == "mean" and found.losses == dict(zip(WAYS, [5.0, 4.0, 2.0, 3.0, 6.0], strict=True))
+    assert found.way == "mean" and found.losses == dict(zip(WAYS, [5.0, 4.0, 2.0, 3.0, 5.5], strict=True))
     expected = made(setting, "mean").scores
     assert all(torch.equal(found.scores[name], expected[name]) for name in expected)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qpruner.decide import search as bayesian
 from qpruner.decide import widths
 from qpruner.decide.allocate import ALLOCATORS, Choices
-from qpruner.decide.fusion import Blend, Fused, fuse, train_
+from qpruner.decide.fusion import Blend, Fused, Parameters, fuse, train_
 from qpruner.decide.influence import INFLUENCE, block_influence
 from qpruner.decide.information import BitUnit, bit_units, measure_information
 from qpruner.decide.scores import scorer_of
@@ -73,19 +73,23 @@ def _fused(job: Job, measured: dict[str, Tensor], inputs: dict) -> Fused:
         limit=prepared.limit_bytes, search=digest_of(prepared.search.ids.tolist()),
     )  # fmt: skip
 
-    def trial(scores: dict[str, Tensor]) -> float:
-        kept = widths.choose(job.graph, recipe, scores, prepared.counts, sizes, prepared.limit_bytes)
-        with job.scratch("fusion-trial", inputs | {"kept": kept}) as place:
-            judged = judge.Streamed(job.pruned(kept, job.precision), place)
-            return judge.evaluate_loss(judged, prepared.search, batch_size=job.batch).loss
-
     with job.scratch("fusion", inputs) as scratch:
 
-        def train(blend: Blend) -> tuple[float, ...]:
+        def train(blend: Blend) -> tuple[list[Parameters], tuple[float, ...]]:
             return train_(
                 blend, job.original(), prepared.calibration.ids, steps=recipe.fusion_steps, scratch=scratch,
                 generator=torch.Generator().manual_seed(prepared.seed), on_step=job.progress("fusion"),
             )  # fmt: skip
+
+        def trial(scores: dict[str, Tensor]) -> float:
+            kept = widths.choose(job.graph, recipe, scores, prepared.counts, sizes, prepared.limit_bytes)
+            name = f"trial-{digest_of(kept)[:16]}"
+            if not scratch.finished(name):
+                judged = judge.Streamed(job.pruned(kept, job.precision), scratch.part(name))
+                loss = judge.evaluate_loss(judged, prepared.search, batch_size=job.batch).loss
+                judged.scratch.clear()
+                scratch.finish(name, {"loss": torch.tensor(loss, dtype=torch.float64)})
+            return float(scratch.result(name)["loss"])
 
         def compute() -> dict[str, Tensor]:
             pools = widths.pools(job.graph, recipe, prepared.counts, sizes[0])

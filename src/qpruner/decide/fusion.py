@@ -7,7 +7,8 @@
     best           all of these are tried on the search text
 
 Training moves only the attention. Its gates hold what is to stay at every step, and are hard in the forward pass, so
-that what is trained is what is kept.
+that what is trained is what is kept. A few of its steps are tried on the search text, since a single kv group more or
+less moves the loss by more than many steps do.
 """
 
 import math
@@ -31,8 +32,9 @@ D_K = 8
 START, RATE = 0.3, 0.01  # standard deviation of the parameters at first, and Adam's learning rate
 TEMPERATURES = 0.3, 0.03  # of the gates, at first and in the end
 STEP_TOKENS = 512
-AVERAGED = 0.5  # the parameters' mean over the last part of the steps is taken: it is steadier than the last of them
+SNAPSHOTS = 6  # of the attention, evenly over the steps
 
+Parameters = list[Tensor]  # of the attention: Q, K
 Trial = Callable[[UnitScores], float]  # the loss on the search text of what these scores keep
 
 
@@ -76,7 +78,7 @@ def fuse(
     pools: Sequence[Pool],
     graph: Graph,
     way: str,
-    train: Callable[["Blend"], tuple[float, ...]],
+    train: Callable[["Blend"], tuple[list[Parameters], tuple[float, ...]]],
     trial: Trial,
     on_trial: Callable[[int, int], None],
 ) -> Fused:
@@ -86,21 +88,25 @@ def fuse(
         hybrid: group -> (2, n_units), fine and coarse.
         pools: units that compete with each other; all groups are in one.
         way: one of WAYS, or `best`.
-        train: trains a blend in place and gives the losses.
+        train: gives snapshots of the blend's parameters, and the loss of every step.
     """
-    blend = Blend(hybrid, pools, graph)
-    ways, curve, losses = WAYS if way == "best" else (way,), (), {}
-    if "learned" in ways:
-        curve = train(blend)
-    weights = {each: blend.weights(each) for each in ways}
-    found = {each: blend.scores(a) for each, a in weights.items()}
-    if len(ways) > 1:
-        for i, each in enumerate(ways):
-            losses[each] = trial(found[each])
-            on_trial(i + 1, len(ways))
-        way = min(losses, key=losses.get)
-    fine = {each: {name: float(a[name][0].mean()) for name in hybrid} for each, a in weights.items()}
-    return Fused(found[way], way, losses, fine, curve)
+    blend, curve = Blend(hybrid, pools, graph), ()
+    candidates = [(each, blend.weights(each)) for each in WAYS if way in (each, "best") and each != "learned"]
+    if way in ("learned", "best"):
+        snapshots, curve = train(blend)
+        for snapshot in snapshots:
+            blend.parameters = snapshot
+            candidates.append(("learned", blend.weights("learned")))
+    best: dict[str, tuple[float, dict[str, Tensor]]] = {}  # of each way
+    for i, (each, weights) in enumerate(candidates):
+        loss = trial(blend.scores(weights)) if len(candidates) > 1 else 0.0
+        on_trial(i + 1, len(candidates))
+        if each not in best or loss < best[each][0]:
+            best[each] = loss, weights
+    way = min(best, key=lambda each: best[each][0])
+    losses = {each: loss for each, (loss, _) in best.items()} if len(candidates) > 1 else {}
+    fine = {each: {name: float(a[0].mean()) for name, a in weights.items()} for each, (_, weights) in best.items()}
+    return Fused(blend.scores(best[way][1]), way, losses, fine, curve)
 
 
 class Blend:
@@ -117,7 +123,7 @@ class Blend:
         generator = torch.Generator().manual_seed(seed)
         d_x = next(iter(self._X.values())).shape[1]
         new = lambda *shape: START * torch.randn(*shape, generator=generator, dtype=torch.float64)
-        self.parameters = [new(d_x, D_K).requires_grad_(), new(2, d_x, D_K).requires_grad_()]
+        self.parameters: Parameters = [new(d_x, D_K).requires_grad_(), new(2, d_x, D_K).requires_grad_()]
 
     def _features(self, pool: Pool) -> Tensor:
         """Both scores, the depth, the kind of unit, and a one."""
@@ -176,8 +182,8 @@ def train_(
     generator: torch.Generator,
     scratch: Scratch,
     on_step: Callable[[int, int], None],
-) -> tuple[float, ...]:
-    """Trains the attention of a blend, in place, on the next-token loss of the gated model; returns the losses.
+) -> tuple[list[Parameters], tuple[float, ...]]:
+    """Trains the attention of a blend, in place, on the next-token loss of the gated model.
 
     Every step is one pass forward and back, one layer in memory at a time where the stream does so. A killed training
     goes on at the step, and in it at the layer, where it stopped.
@@ -185,13 +191,15 @@ def train_(
     Args:
         windows: (n, length) token ids, taken in seeded order, again and again.
         steps: of about STEP_TOKENS tokens each.
+    Returns:
+        snapshots of the parameters, the last at the last step; the loss of every step.
     """
     at_once = min(max(1, STEP_TOKENS // windows.shape[1]), len(windows))
     rounds = math.ceil(steps * at_once / len(windows))
     order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(rounds)])
     adam = torch.optim.Adam(blend.parameters, lr=RATE)
-    averaged, curve = [torch.zeros_like(p) for p in blend.parameters], []
-    first = max(0, steps - max(1, round(AVERAGED * steps)))
+    snapshots, curve = [], []
+    taken = {round(steps * (i + 1) / SNAPSHOTS) for i in range(SNAPSHOTS)}
     for step in range(steps):
         if not scratch.finished(f"step-{step}"):
             rows = windows[order[step * at_once : (step + 1) * at_once]]
@@ -201,13 +209,10 @@ def train_(
         else:
             loss = _restore(blend, adam, scratch.result(f"step-{step}"))
         curve.append(loss)
-        if step >= first:
-            for mean, parameter in zip(averaged, blend.parameters, strict=True):
-                mean.add_(parameter.detach(), alpha=1 / (steps - first))
+        if step + 1 in taken:
+            snapshots.append([parameter.detach().clone() for parameter in blend.parameters])
         on_step(step + 1, steps)
-    for parameter, mean in zip(blend.parameters, averaged, strict=True):
-        parameter.data = mean
-    return tuple(curve)
+    return snapshots, tuple(curve)
 
 
 def _step(
