@@ -74,8 +74,9 @@ def compress(
         QPrunerError: the request or its input cannot be served; nothing was written.
     """
     from qpruner.artifact.save import write_manifest
-    from qpruner.compress import Compression, partial
+    from qpruner.compress import carry_out
     from qpruner.facts import facts_of, manifest_of
+    from qpruner.job import Job, partial
     from qpruner.report.page import page
 
     chosen = recipes.load(recipe) if isinstance(recipe, str) else recipe
@@ -104,9 +105,7 @@ def compress(
         forecast = prepared.forecast
         run.event("start", request=digest_of(request), memory=forecast.stages, resident=forecast.resident)
         on_progress(str(forecast), 1, 1)
-        job = Compression(prepared, run, on_progress, measure_speed=measure_speed)
-        decided, measured = job()
-        prepared = job.prepared  # of the layers that stayed
+        prepared, decided, measured = carry_out(Job(prepared, run, on_progress, measure_speed))
         command = _command(model, budget, output, chosen.name, seed, texts | {"trials": trials}, trust_remote_code)
         facts = facts_of(prepared, decided, measured, command=command, seconds=run.seconds())
         write_manifest(partial(output), manifest_of(prepared, decided, measured, request))

@@ -7,9 +7,11 @@ import psutil
 
 from qpruner import __version__
 from qpruner.artifact.stock import how_to_load
-from qpruner.compress import Decided, Measured, partial
+from qpruner.compress import Measured
 from qpruner.decide import search as bayesian
 from qpruner.decide.widths import kept_fractions
+from qpruner.deciding import Decided
+from qpruner.job import partial
 from qpruner.model import cost, memory
 from qpruner.model.discover import spans
 from qpruner.plan import SPECS
@@ -169,23 +171,23 @@ def search(decided: Decided, measured: Measured) -> report.Search | None:
 
 
 def recovery(prepared: Prepared, measured: Measured) -> report.Recovered | None:
-    if not measured.loss_curve and not measured.loftq_errors:
+    if not measured.done.loss_curve and not measured.done.loftq_errors:
         return None
     linears = prepared.shape.graph.linears
     return report.Recovered(
-        curve=tuple(report.LossPoint(step=step, loss=loss) for step, loss in measured.loss_curve),
-        loss_before=measured.search_loss.get("before"),
-        loss_after=measured.search_loss.get("after"),
+        curve=tuple(report.LossPoint(step=step, loss=loss) for step, loss in measured.done.loss_curve),
+        loss_before=measured.done.search_loss.get("before"),
+        loss_after=measured.done.search_loss.get("after"),
         starts=tuple(
             report.AdapterStart(linear=name, layer=linears[name].layer, plain=plain, loftq=loftq)
-            for name, (plain, loftq) in measured.loftq_errors.items()
+            for name, (plain, loftq) in measured.done.loftq_errors.items()
         ),
     )
 
 
 def warnings(prepared: Prepared, decided: Decided, measured: Measured) -> tuple[str, ...]:
     found = []
-    before, after = measured.search_loss.get("before"), measured.search_loss.get("after")
+    before, after = measured.done.search_loss.get("before"), measured.done.search_loss.get("after")
     if before is not None and after > before:
         found.append(f"Training the adapters made the search text worse: {before:.4f} to {after:.4f} nats per token.")
     silent = [row["unit"] for row in decided.information if row["z"] < 2]

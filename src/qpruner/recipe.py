@@ -25,8 +25,8 @@ class Recipe(Value):
 
     Pruning
         score: importance of a unit. `vector` and `element-*` are LLM-Pruner's; `coarse` sums over a unit before the
-            modulus is taken, and `hybrid` fuses it with `element-mixed` (HyWIA); `wanda-sp` and `flap` look at inputs of
-            the linears that read a unit; `magnitude` and `random` are controls.
+            modulus is taken, and `hybrid` fuses it with `element-mixed` (HyWIA); `wanda-sp` and `flap` look at the
+            inputs of linears that read a unit; `magnitude` and `random` are controls.
         fusion, fusion_steps: of `hybrid`: how its two scores become one; `best` tries all and keeps what loses least on
             the search text. Steps that the learned attention is trained.
         units: kinds of units that are pruned: kv groups (key/value heads with the query heads that share them), query
@@ -50,8 +50,8 @@ class Recipe(Value):
         calibration_windows, window: texts for the scores, and tokens in each.
         precision: that scores, mutual information and losses are computed in; bfloat16 is faster where hardware has it.
     Reconstruction
-        reconstruction: what the linears that read pruned units get to make up for them: nothing, another bias (FLAP), or
-            the weights that imitate the original best (least squares).
+        reconstruction: what the linears that read pruned units get to make up for them: nothing, another bias (FLAP),
+            or the weights that imitate the original best (least squares).
         added_biases: give them a bias where they have none; the artifact is then of a type of our own.
         dampings: strengths that are tried, as fractions of the mean diagonal of the Gram matrix; the one that does best
             on held-out calibration tokens is taken, or none at all if that does.

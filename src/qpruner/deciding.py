@@ -1,0 +1,180 @@
+"""The stages of a run that decide: what is measured of the model, and the plan that is made of it."""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qpruner.decide import search as bayesian
+from qpruner.decide.allocate import ALLOCATORS, Choices
+from qpruner.decide.information import BitUnit, bit_units, measure_information
+from qpruner.decide.scores import SCORERS
+from qpruner.decide.sensitivity import measure_sensitivity
+from qpruner.do.quantize import Candidates
+from qpruner.files import write_text
+from qpruner.job import Job
+from qpruner.judge import loss as judge
+from qpruner.model import cost
+from qpruner.plan import SPECS, Plan
+from qpruner.run import Journal, digest_of
+from qpruner.shape import EVALUATION_BATCH
+
+INFORMATION_WINDOWS = 32
+HEADER_SLACK = 4  # bytes per linear
+SENSITIVITY_PART = 2  # one in so many windows of the search text: there are as many passes as candidates
+
+
+@dataclass(frozen=True)
+class Decided:
+    """The plan, and the numbers that it was decided on, for the report."""
+
+    plan: Plan
+    scores: dict[str, Tensor]
+    units: tuple[BitUnit, ...]
+    information: list[dict]
+    sensitivity: list[list[float]] | None
+    trials: list[bayesian.Trial]
+    chosen: bayesian.Trial | None
+
+
+def measure_scores(job: Job) -> dict[str, Tensor]:
+    windows = job.prepared.calibration.ids
+    inputs = job.inputs(score=job.recipe.score, windows=digest_of(windows.tolist()))
+    scorer, generator = SCORERS[job.recipe.score], torch.Generator().manual_seed(job.prepared.seed)
+    with job.scratch("importance", inputs) as scratch:
+        return job.run.tensors(
+            "importance",
+            inputs,
+            lambda: scorer(job.original(), job.graph, windows, generator, scratch, job.progress("importance")),
+        )
+
+
+def measure_layers(job: Job, kept: dict) -> list[dict]:
+    """What the output of each unit of bits tells about the prediction; nothing where there is one choice of bits."""
+    if not units_of(job):
+        return []
+    windows, estimator = job.prepared.calibration.ids[:INFORMATION_WINDOWS], job.recipe.information
+    inputs = job.inputs(
+        kept=kept,
+        layers=job.shape.layers,
+        windows=digest_of(windows.tolist()),
+        estimator=estimator,
+        unit=job.recipe.bit_unit,
+    )
+    with job.scratch("information", inputs) as scratch:
+        return job.run.values(
+            "information",
+            inputs,
+            lambda: measure_information(
+                job.pruned(kept, job.precision), units_of(job), windows, estimator=estimator,
+                seed=job.prepared.seed, scratch=scratch, on_layer=job.progress("mutual information"),
+            ),
+        )  # fmt: skip
+
+
+def choose_bits(
+    job: Job, scores, kept: dict, information: list[dict], loaded: tuple[nn.Module, Candidates] | None
+) -> Decided:
+    """The plan. loaded: the pruned model, measured with candidates in place and left with the last of them."""
+    if not units_of(job):
+        plan, sensitivity, trials, chosen = job.plan(kept, job.recipe.bits[0]), None, [], None
+    else:
+        sensitivity, trials, chosen = None, [], None
+        if job.recipe.allocation in ("sensitivity", "bayesian"):
+            sensitivity = _sensitivity(job, *loaded, kept)
+        choices = _choices(job, kept, information, sensitivity)
+        if job.recipe.allocation == "bayesian":
+            trials = _search(job, *loaded, choices, kept)
+            chosen = bayesian.best(trials)
+        levels = chosen.levels if chosen else ALLOCATORS[job.recipe.allocation](choices)
+        plan = job.plan(kept, _bits_of(job, levels))
+    size = job.shape.size(plan).total
+    assert size <= job.prepared.limit_bytes, f"{size} bytes planned, {job.prepared.limit_bytes} allowed"
+    write_text(job.run.folder / "plan.json", plan.to_json())
+    return Decided(plan, scores, units_of(job), information, sensitivity, trials, chosen)
+
+
+def units_of(job: Job) -> tuple[BitUnit, ...]:
+    """What shares a choice of bits; nothing where there is none to make."""
+    return bit_units(job.graph, job.recipe.bit_unit) if len(job.recipe.bits) > 1 else ()
+
+
+def search_loss(job: Job, model: nn.Module) -> float:
+    return judge.evaluate_loss(model, job.prepared.search, batch_size=EVALUATION_BATCH).loss
+
+
+def _quantized_inputs(job: Job, kept: dict, **facts) -> dict:
+    plan = job.plan(kept, 16)
+    return job.inputs(
+        kept=kept, layers=job.shape.layers, bits=job.recipe.bits, unit=job.recipe.bit_unit,
+        ranks=plan.adapter_ranks, loftq=[plan.recovery.loftq_iterations, plan.recovery.adapter_alpha],
+        windows=digest_of(job.prepared.search.ids.tolist()), **facts,
+    )  # fmt: skip
+
+
+def _sensitivity(job: Job, model, candidates, kept) -> list[list[float]]:
+    windows = job.prepared.search.first(max(1, len(job.prepared.search.ids) // SENSITIVITY_PART))
+
+    def compute() -> list[list[float]]:
+        reference = judge.reference_logprobs(model, windows)
+
+        def divergence(bits: dict[str, int]) -> float:
+            candidates.put_({name: SPECS[bits.get(name, 16)] for name in job.graph.linears})
+            return judge.kl_from_logprobs(model, windows, reference).kl
+
+        return measure_sensitivity(units_of(job), job.recipe.bits, divergence, job.progress("sensitivity"))
+
+    return job.run.values("sensitivity", _quantized_inputs(job, kept), compute)
+
+
+def _bits_of(job: Job, levels: tuple[int, ...]) -> dict[str, int]:
+    return {n: job.recipe.bits[level] for u, level in zip(units_of(job), levels, strict=True) for n in u.linears}
+
+
+def _choices(job: Job, kept, information, sensitivity) -> Choices:
+    """What each unit weighs at each level, and what is left of the budget for all of them."""
+
+    dims = cost.kept_shapes(job.graph, kept)
+    sizes = np.array(
+        [
+            [sum(cost.linear_bytes(*dims[n], SPECS[b]) for n in u.linears) for b in job.recipe.bits]
+            for u in units_of(job)
+        ]
+    )
+    stored = [job.shape.size(job.plan(kept, b)) for b in job.recipe.bits]
+    # The header names shapes and offsets, whose digits depend on the mixture: a few bytes a linear at the most.
+    headers = max(size.headers for size in stored) + HEADER_SLACK * len(job.graph.linears)
+    elsewhere = stored[0].total - stored[0].linears - stored[0].headers + headers
+    return Choices(
+        units=tuple(u.name for u in units_of(job)),
+        bits=job.recipe.bits,
+        sizes_bytes=sizes,
+        limit_bytes=job.prepared.limit_bytes - elsewhere,
+        information=np.array([row["nats"] for row in information]),
+        sensitivity=None if sensitivity is None else np.array(sensitivity),
+        seed=job.prepared.seed,
+    )
+
+
+def _search(job: Job, model, candidates, choices: Choices, kept) -> list[bayesian.Trial]:
+    journal = Journal(
+        job.run.folder / "trials.jsonl",
+        _quantized_inputs(job, kept, limit=choices.limit_bytes, information=choices.information.tolist()),
+    )
+    starts = {name: allocate(choices) for name, allocate in ALLOCATORS.items() if name != "random"}
+
+    def evaluate(levels: tuple[int, ...]) -> float:
+        candidates.put_({n: SPECS[b] for n, b in _bits_of(job, levels).items()})
+        return search_loss(job, model)
+
+    def on_trial(trial: bayesian.Trial) -> None:
+        journal.append(json.loads(trial.to_json()))
+        job.on_progress("search", trial.number + 1, job.recipe.trials)
+
+    past = [bayesian.Trial.from_json(json.dumps(line)) for line in journal.lines][: job.recipe.trials]
+    return bayesian.search(
+        choices, evaluate, starts=starts, n_trials=job.recipe.trials, seed=job.prepared.seed,
+        journal=past, on_trial=on_trial,
+    )  # fmt: skip

@@ -1,0 +1,119 @@
+"""What all stages of a run have in common: the request, its models, its run folder, and what a stage depends on."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qpruner import __version__
+from qpruner.artifact.opened import open_stream
+from qpruner.model import depth, load
+from qpruner.model.graph import Graph
+from qpruner.model.scratch import Scratch
+from qpruner.model.skeleton import build_skeleton
+from qpruner.model.stream import Pace
+from qpruner.model.surgery import narrow_
+from qpruner.model.tensors import Cut, Named, Renamed, Stored
+from qpruner.model.whole import Streamable, opened
+from qpruner.plan import Plan
+from qpruner.prepare import Prepared
+from qpruner.progress import OnProgress
+from qpruner.recipe import Recipe
+from qpruner.run import Run, digest_of
+from qpruner.shape import Shape
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prepared request on an open run folder."""
+
+    prepared: Prepared
+    run: Run
+    on_progress: OnProgress
+    measure_speed: bool
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.prepared.recipe
+
+    @property
+    def shape(self) -> Shape:
+        return self.prepared.shape
+
+    @property
+    def graph(self) -> Graph:
+        return self.shape.graph
+
+    @property
+    def precision(self) -> torch.dtype:
+        return getattr(torch, self.recipe.precision)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        return load.stored_dtype(self.shape.source)
+
+    # --- models ------------------------------------------------------------------------------------------------------
+
+    def original(self) -> Streamable:
+        graph = self.graph if self.shape.layers is None else None
+        return open_stream(self.shape.source, graph=graph, dtype=self.precision, **self.where())
+
+    def pruned(self, kept: Mapping, dtype: torch.dtype = torch.float32) -> Streamable:
+        """The model of the layers and units that stay, its weights cut from the original's as they are read."""
+        source, layers = self.shape.source, self.shape.layers
+        trust = {"trust_remote_code": source.trust_remote_code}
+        model = build_skeleton(depth.shortened_config(source.config, layers), **trust)
+        original = model if layers is None else build_skeleton(source.config, **trust)
+        whole = Renamed(
+            Named(original, Stored.of(source.folder)), depth.original_names(self.graph, layers, model.state_dict())
+        )
+        narrow_(model, self.graph, kept)
+        return opened(model, Cut(whole, self.graph, kept), self.graph, dtype=dtype, **self.where())
+
+    def where(self) -> dict:
+        device = "cuda" if torch.cuda.is_available() and not self.prepared.in_memory else "cpu"
+        return {"resident": self.prepared.forecast.resident, "device": device}
+
+    def plan(self, kept: Mapping, bits: int | dict[str, int]) -> Plan:
+        return self.shape.plan(self.recipe, kept, bits, self.prepared.seed)
+
+    # --- stages ------------------------------------------------------------------------------------------------------
+
+    @property
+    def passes(self) -> Path:
+        return self.run.folder / "passes"
+
+    @contextmanager
+    def scratch(self, stage: str, inputs: Mapping) -> Iterator[Scratch]:
+        """For one stage with these inputs; what an interrupted run left of it is found there again."""
+        if self.prepared.forecast.resident:
+            yield Scratch()
+            return
+        scratch = Scratch(self.passes / f"{stage}-{digest_of(inputs)[:16]}")
+        yield scratch
+        scratch.clear()
+
+    def inputs(self, **facts) -> dict:
+        """What a stage depends on: the version, the model and the seed, which all do, and `facts`."""
+        return {
+            "qpruner": __version__,
+            "model": self.prepared.weights_digest,
+            "architecture": self.shape.source.digest,
+            "seed": self.prepared.seed,
+            **facts,
+        }
+
+    def progress(self, stage: str) -> Callable[..., None]:
+        return lambda done, total, detail="", *rest: self.on_progress(stage, done, total, _shown(detail))
+
+
+def _shown(detail: object) -> str:
+    """A pace is shown; the loss of a training step is not."""
+    return str(detail) if isinstance(detail, Pace) else ""
+
+
+def partial(output: Path) -> Path:
+    """Where an artifact is written, beside its final place."""
+    return output.with_name(f".{output.name}.partial")
