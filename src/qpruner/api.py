@@ -52,6 +52,7 @@ def compress(
     shared: Path | None = None,
     memory_limit: str | None = None,
     measure_speed: bool = True,
+    measure_kl: bool = True,
     trust_remote_code: bool = False,
     on_progress: OnProgress = silent,
 ) -> Result:
@@ -68,6 +69,7 @@ def compress(
         memory_limit: `4GiB`, for the whole process; by default what is free on the machine. A model that does not fit
             goes through layer by layer; the artifact is the same.
         measure_speed: also time both models, each in a fresh process.
+        measure_kl: also judge how far the artifact's predictions are from the original's; twice the work of its loss.
         trust_remote_code: let Python code that came with the model run; the artifact carries that code on.
         on_progress: called with stage, done, total.
     Raises:
@@ -105,7 +107,7 @@ def compress(
         forecast = prepared.forecast
         run.event("start", request=digest_of(request), memory=forecast.stages, resident=forecast.resident)
         on_progress(str(forecast), 1, 1)
-        prepared, decided, measured = carry_out(Job(prepared, run, on_progress, measure_speed))
+        prepared, decided, measured = carry_out(Job(prepared, run, on_progress, measure_speed, measure_kl))
         command = _command(model, budget, output, chosen.name, seed, texts | {"trials": trials}, trust_remote_code)
         facts = facts_of(prepared, decided, measured, command=command, seconds=run.seconds())
         write_manifest(partial(output), manifest_of(prepared, decided, measured, request))

@@ -33,6 +33,7 @@ class Job:
     run: Run
     on_progress: OnProgress
     measure_speed: bool
+    measure_kl: bool = True
 
     @property
     def recipe(self) -> Recipe:
