@@ -127,8 +127,9 @@ def run(model, tokenizer, heldout: frozenset[str], args: argparse.Namespace, **f
     model.to(torch.bfloat16).save_pretrained(args.out)
     after = window_loss(model.float(), evaluation, bos)
     facts |= dict(
-        tokens=n_tokens, distinct_tokens=len(stream), minutes=args.minutes, batch=args.batch, rate=args.rate, seed=args.seed,
-        heldout_loss_before=before, heldout_loss_after=after, python_versions=len(args.stdlib), torch=torch.__version__,
+        tokens=n_tokens, distinct_tokens=len(stream), minutes=args.minutes, batch=args.batch, rate=args.rate,
+        seed=args.seed, heldout_loss_before=before, heldout_loss_after=after,
+        python_versions=len(args.stdlib), torch=torch.__version__,
     )  # fmt: skip
     (args.out / "training.json").write_text(json.dumps(facts, indent=1))
     print(json.dumps(facts, indent=1))

@@ -4,11 +4,11 @@ import json
 import os
 import shlex
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qpruner import __version__
+from qpruner import __version__, matrix
 from qpruner import recipe as recipes
 from qpruner.decide import widths
 from qpruner.errors import MemoryLimitError, OutputError
@@ -280,6 +280,21 @@ def support(
     return rows
 
 
-def study(model: str, runs: list[str], output: str | Path, **options) -> dict:
-    """Several recipes on the same model, texts and budgets; see `qpruner.study`."""
-    return run_study(model, runs, Path(output), compress=compress, **options)
+def study(
+    models: str | Path | Sequence[str | Path],
+    recipes: Sequence[str] | Mapping[str, str] = (),
+    output: str | Path = "study",
+    *,
+    on_progress: OnProgress = silent,
+    **options,
+) -> dict:
+    """Several recipes on the same models, texts, limits and seeds; the same call continues it. See `qpruner.study`.
+
+    Args:
+        models: as for `compress`, one or several; or a YAML file that describes the study.
+        recipes: as for `compress`; or a mapping of labels to them.
+        output: the study's folder.
+        options: the other keys of a study; see `qpruner.matrix.Matrix`. They take the place of the file's.
+    """
+    given = options | ({"recipes": recipes} if recipes else {})
+    return run_study(matrix.of(models, **given), Path(output), compress=compress, on_progress=on_progress)
