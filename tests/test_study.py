@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -197,6 +198,14 @@ def test_a_file_says_what_options_say(asked, tmp_path):
     file.write_text(json.dumps(written))  # which is YAML
     assert matrix.of(str(file)) == matrix.of(**asked)
     assert matrix.of(file, seeds=7).seeds == 7
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[1] / "benchmarks").glob("*.yaml")), ids=lambda f: f.stem
+)
+def test_the_studies_beside_the_benchmarks_can_be_read(file):
+    chosen = matrix.read(file)
+    assert chosen.reference in chosen.recipes and chosen.limits
 
 
 def test_texts_of_a_model_stand_before_those_of_all(tmp_path):
