@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_folder import save, tiny_model
+from typer.testing import CliRunner
 
 from qpruner import api, matrix
+from qpruner.cli import app
 from qpruner.errors import RecipeError, StudyError
 from qpruner.model import cost, load
 from qpruner.recipe import split_recipes
@@ -232,6 +234,21 @@ def test_texts_of_a_model_stand_before_those_of_all(tmp_path):
 def test_what_cannot_be_meant_is_refused(asked, changed, error, match):
     with pytest.raises(error, match=match):
         matrix.of(**(asked | changed))
+
+
+def test_the_command_line_says_what_a_call_says(monkeypatch, tmp_path):
+    said = {}
+    monkeypatch.setattr(api, "study", lambda models, output, on_progress, **given: said.update(given) or {"rows": []})
+    words = ["study", "a", "b", "--recipes", "qpruner vector", "--kept", "80%", "--kept", "0.5", "--seeds", "2"]
+    words += ["--vary", "steps=1,2", "--changes", "bits=[4,8],window=64", "--processes", "3", "-o", str(tmp_path)]
+    ended = CliRunner().invoke(app, words)
+    assert ended.exit_code == 0, ended.output
+    assert said == dict(
+        recipes=["qpruner vector"], kept=["80%", "0.5"], seeds=2, vary={"steps": [1, 2]}, processes=3,
+        changes={"bits": [4, 8], "window": 64},
+    )  # fmt: skip
+    refused = CliRunner().invoke(app, ["study", "a", "--recipes", "qpruner", "--vary", "steps"])
+    assert refused.exit_code == 2 and "does not say what varies" in refused.output
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

@@ -208,6 +208,7 @@ def summary(matrix: Matrix, cells: Sequence[tuple[Cell, dict]]) -> dict:
     rows = [_row(place, places[place], places[*place[:3], matrix.reference]) for place in order]
     named = lambda cell: {
         "model": cell.subject.name, "limit": cell.limit, "recipe": cell.label, "value": cell.value, "seed": cell.seed,
+        "run": cell.slug,
     }  # fmt: skip
     return {
         "models": [subject.name for subject in matrix.subjects],
