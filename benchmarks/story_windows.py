@@ -1,10 +1,10 @@
-"""Claim: judged one story a window, hybrid-grained pruning of stories260K loses less than the Taylor scores of others do.
+"""Claim: judged one story a window, hybrid-grained pruning of stories260K loses less than others' Taylor scores.
 
     python benchmarks/story_windows.py STUDY --text ../shared/data/tinystories/dev.jsonl.gz [--out FILE.json]
 
-A study's windows hold several stories, which stories260K was not trained on; the losses it is compared with are of single
-stories. This judges the artifacts that a study kept (`--keep-artifacts`) that way: `<s>` and one story, cut to the model's
-context, every token with the same weight. The standard error is of the mean, over stories, of the loss's increase.
+A study's windows hold several stories, which stories260K was not trained on; the losses it is compared with are of
+single stories. This judges the artifacts that a study kept (`--keep-artifacts`) that way: `<s>` and one story, cut to
+the model's context, every token with the same weight. The standard error is of the mean increase over stories.
 """
 
 import argparse

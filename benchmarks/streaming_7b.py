@@ -114,7 +114,7 @@ def job(folder: Path, output: Path, score: str, dtype: str) -> dict:
 
 def arithmetic(score: str, dtype: str) -> dict:
     """Seconds of forward and backward, weight gradients included, without reading or writing anything."""
-    from qpruner.decide.scores import batch_of
+    from qpruner.decide.saliences import batch_of
 
     config = config_of(4096, 1)
     model = LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()

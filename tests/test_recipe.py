@@ -12,7 +12,7 @@ def test_every_shipped_recipe_is_read(name):
 
 
 def test_the_papers_recipes_are_there():
-    assert {"qpruner", "llm-pruner"} <= set(recipe.shipped())
+    assert {"qpruner", "llm-pruner", "wanda-sp", "flap", "shortgpt", "magnitude"} <= set(recipe.shipped())
     assert recipe.load("qpruner").allocation == "bayesian"
     assert recipe.load("llm-pruner").bits == (16,)
 
@@ -38,6 +38,8 @@ def test_a_file_is_read(tmp_path):
         ("qpruner[kept=1.5]", "kept.*less than or equal to 1"),
         ("qpruner[bits=[8, 4]]", "ascending"),
         ("qpruner[steps]", "no change of a recipe"),
+        ("flap[worth=per-byte]", "below zero for half of the units: in scope global it wants worth: score"),
+        ("flap[layers_kept=0.5]", "standardised in each layer, so its sums say nothing of whole layers"),
     ],
 )
 def test_bad_recipes_are_refused(text, message):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import yaml
 from transformers import LlamaConfig
 
 from qpruner import recipe
@@ -174,6 +175,35 @@ def test_a_head_is_not_worth_one_channel(bundled):
         assert {g.kind for n, g in graph.groups.items() if len(kept[n]) < g.n_units} == {first}
 
 
+def test_by_the_bare_score_the_lowest_go_whatever_they_weigh(bundled):
+    """Scores may be negative; a head stays before a channel that scores less, though it weighs as much as many."""
+    bare = recipe.load(EVERYWHERE).but({"worth": "score", "width_grid": 1})
+    generator = torch.Generator().manual_seed(2)
+    scores = {n: torch.randn(g.n_units, generator=generator) for n, g in bundled.graph.groups.items()}
+    competing = [n for n, g in bundled.graph.groups.items() if g.kind in bare.units]
+    less = None
+    for percent in (55, 75, 95):
+        kept, limit = chosen(bundled, bare, scores, percent), bundled.source.bytes_16bit * percent / 100
+        check_kept(bundled.graph, kept)
+        assert 0.97 * limit < bundled.size(bundled.plan(bare, kept, 16)).total <= limit
+        gone = [float(scores[n][u]) for n in competing for u in range(len(scores[n])) if u not in kept[n]]
+        left = [float(scores[n][u]) for n in competing for u in kept[n] if len(kept[n]) > 1]
+        assert max(gone) < min(left)
+        assert less is None or all(set(less[name]) <= set(kept[name]) for name in kept)
+        less = kept
+    shifted = chosen(bundled, bare, {name: s - 10 for name, s in scores.items()}, 75)
+    assert shifted == chosen(bundled, bare, scores, 75)
+
+
+def test_groups_of_one_unit_and_groups_of_equals_can_compete(bundled):
+    bare = recipe.load(EVERYWHERE).but({"worth": "score", "width_grid": 1})
+    for value in (0.0, -1.0):
+        scores = {name: torch.full((g.n_units,), value) for name, g in bundled.graph.groups.items()}
+        kept = chosen(bundled, bare, scores, 80)
+        fractions = [len(kept[n]) / g.n_units for n, g in bundled.graph.groups.items() if g.kind in bare.units]
+        assert max(fractions) - min(fractions) <= 0.25  # a step of the coarsest group: equals go evenly
+
+
 def test_units_in_another_order_are_chosen_in_that_order(bundled):
     everywhere, scores = recipe.load(EVERYWHERE).but({"units": ("kv_group", "channel")}), random_scores(bundled.graph)
     generator = torch.Generator().manual_seed(1)
@@ -208,20 +238,69 @@ def test_kept_is_a_fraction_of_the_bytes_that_compete(bundled):
         recipe.load("llm-pruner-20[scope=global]")
 
 
-def test_the_layers_with_the_lowest_scores_go_and_protected_ones_stay(bundled):
+def test_the_layers_that_are_worth_least_go_and_protected_ones_stay(bundled):
     fewer = recipe.load("qpruner[layers_kept=0.6]")  # of six, of which the first and the last are protected
     worth = [0.0, 3.0, 1.0, 2.0, 1.0, 0.0]
-    scores = {n: torch.full((g.n_units,), worth[g.layer] / g.n_units) for n, g in bundled.graph.groups.items()}
-    assert widths.keep_layers(bundled.graph, fewer, scores) == (0, 1, 3, 5)
-    heads = {n: 100 + s if bundled.graph.groups[n].kind == "query_head" else s for n, s in scores.items()}
-    assert widths.keep_layers(bundled.graph, fewer, heads) == (0, 1, 3, 5)
-    equal = {name: torch.zeros_like(s) for name, s in scores.items()}
-    assert widths.keep_layers(bundled.graph, fewer, equal) == (0, 1, 2, 5)
-    assert widths.keep_layers(bundled.graph, recipe.load("qpruner"), scores) is None
+    assert widths.keep_layers(bundled.graph, fewer, worth) == (0, 1, 3, 5)
+    assert widths.keep_layers(bundled.graph, fewer, [0.0] * 6) == (0, 1, 2, 5)
+    assert widths.keep_layers(bundled.graph, fewer, worth, 3) == (0, 1, 5)
+    assert widths.keep_layers(bundled.graph, recipe.load("qpruner"), worth) is None
     with pytest.raises(RecipeError, match="keeps 1 of 6 decoder layers and protects 2"):
-        widths.keep_layers(bundled.graph, recipe.load("qpruner[layers_kept=0.1]"), scores)
-    with pytest.raises(RecipeError, match="which layers_kept numbers anew"):
-        recipe.load("qpruner[layers_kept=0.5,kept_per_layer={1: 0.5}]")
+        widths.keep_layers(bundled.graph, recipe.load("qpruner[layers_kept=0.1]"), worth)
+    for how in ("layers_kept=0.5", "fit_by=depth"):
+        with pytest.raises(RecipeError, match=f"which {how.split('=')[0]}.* numbers anew"):
+            recipe.load(f"qpruner[{how},kept_per_layer={{1: 0.5}}]")
+
+
+def test_the_worth_of_a_layer_is_that_of_its_weights_each_counted_once(bundled):
+    worth = [0.0, 3.0, 1.0, 2.0, 1.0, 0.0]
+    scores = {n: torch.full((g.n_units,), worth[g.layer] / g.n_units) for n, g in bundled.graph.groups.items()}
+    heads = {n: 100 + s if bundled.graph.groups[n].kind == "query_head" else s for n, s in scores.items()}
+    for given in (scores, heads):
+        assert widths.layer_worth(bundled.graph, given) == pytest.approx([2 * w for w in worth])
+
+
+# --- fit_by: depth ---------------------------------------------------------------------------------------------------
+
+DEPTH = "shortgpt[steps=0,adapter_rank=0]"
+
+
+@pytest.mark.parametrize(
+    "changes", ["kept=1.0", "kept=0.5,width_grid=1", "protect_first=0.3", "bits=[4,8],mean_bits=6"]
+)
+@pytest.mark.parametrize("percent", [45, 60, 80, 105])
+def test_as_many_layers_stay_as_fit(bundled, changes, percent):
+    by_depth, limit = recipe.load(DEPTH).but(recipe.changes_of(changes)), bundled.source.bytes_16bit * percent // 100
+    worth = [5.0, 1.0, 4.0, 0.0, 3.0, 2.0]
+    layers = shaping.layers_for(bundled, by_depth, limit, worth) or tuple(range(6))
+
+    def fits(layers) -> bool:
+        short = bundled.of_layers(layers)
+        kept = widths.first_units(short.graph, widths.counts(short.graph, by_depth, by_depth.kept))
+        return shaping.stored_sizes(short, by_depth)[0](kept) <= limit
+
+    assert fits(layers)
+    assert len(layers) == 6 or not fits(widths.keep_layers(bundled.graph, by_depth, worth, len(layers) + 1))
+    whole = shaping.widths_for(bundled.of_layers(layers), by_depth, limit)
+    assert whole == widths.counts(bundled.of_layers(layers).graph, by_depth, by_depth.kept)
+
+
+def test_the_best_layers_stay_whatever_the_number(bundled):
+    by_depth, worth, less = recipe.load(DEPTH), [5.0, 1.0, 4.0, 0.0, 3.0, 2.0], set()
+    for percent in (35, 60, 80, 105):
+        layers = shaping.layers_for(bundled, by_depth, bundled.source.bytes_16bit * percent // 100, worth)
+        assert less <= set(layers or range(6))
+        less = set(layers or range(6))
+    assert less == set(range(6))
+
+
+def test_a_budget_below_one_layer_is_refused_with_numbers(bundled):
+    for changes, fewest in (("{}", 1), ("{protect_first: 0.5}", 3)):
+        by_depth = recipe.load(DEPTH).but(yaml.safe_load(changes))
+        with pytest.raises(BudgetError, match=rf"[\d,]+ are stored with {fewest} of 6 decoder layers"):
+            shaping.layers_for(bundled, by_depth, bundled.source.bytes_16bit // 10, [0.0] * 6)
+    with pytest.raises(RecipeError, match="finds the number of layers that layers_kept would set"):
+        recipe.load("shortgpt[layers_kept=0.5]")
 
 
 def test_a_shorter_shape_is_that_of_the_shorter_model(bundled):

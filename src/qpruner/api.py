@@ -165,7 +165,8 @@ def inspect(
         trust_remote_code: let Python code that came with the model run.
     Returns:
         `parameters`, `bytes_16bit`, `groups` (name, layer, kind, units, whether it can be pruned), `notes`; with a
-        recipe `predicted`: parameters, bytes, the kept units of each group, peak memory of each stage on this machine.
+        recipe `predicted`: decoder layers, parameters, bytes, the kept units of each group, peak memory of each stage
+        on this machine.
     """
     source = load.inspect_source(model, trust_remote_code=trust_remote_code)
     shape = shape_of(source)
@@ -185,7 +186,7 @@ def inspect(
         return found
     chosen = recipes.load(recipe or "qpruner") if not isinstance(recipe, Recipe) else recipe
     limit = limit_of(Budget.parse(budget), source) if budget else source.bytes_16bit
-    shape = any_layers(shape, chosen)
+    shape = any_layers(shape, chosen, limit)
     counts = widths_for(shape, chosen, limit)
     kept = widths.first_units(shape.graph, counts)
     sizes = {bits: shape.size(shape.plan(chosen, kept, bits)) for bits in chosen.bits}
@@ -199,6 +200,7 @@ def inspect(
         found["notes"].append(str(error))
     found["predicted"] = {
         "recipe": chosen.name,
+        "layers": len(shape.graph.layers),
         "parameters": cost.parameter_count(stored),
         "bytes": min(limit, sizes[chosen.bits[-1]].total) if len(chosen.bits) > 1 else largest,
         "limit_bytes": limit,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qpruner.artifact import save
 from qpruner.decide import widths
-from qpruner.deciding import Decided, choose_bits, measure_layers, measure_scores, search_loss
+from qpruner.deciding import Decided, choose_bits, measure_layers, measure_scores, search_loss, worth_of_layers
 from qpruner.do.quantize import Candidates
 from qpruner.do.recover import train_adapters_
 from qpruner.do.streamed import LayerByLayer
@@ -54,7 +54,8 @@ class Measured:
 def carry_out(job: Job) -> tuple[Prepared, Decided, Measured]:
     """All stages of the job. The request that comes back is about the model of the layers that stayed."""
     original = judge_original(job)
-    prepared, scores = without_layers(job.prepared, measure_scores(job))
+    scores = measure_scores(job)
+    prepared, scores = without_layers(job.prepared, scores, worth_of_layers(job, scores))
     job = replace(job, prepared=prepared)
     sizes = stored_sizes(job.shape, job.recipe)
     kept = widths.choose(job.graph, job.recipe, scores, prepared.counts, sizes, prepared.limit_bytes)

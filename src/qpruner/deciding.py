@@ -1,6 +1,7 @@
 """The stages of a run that decide: what is measured of the model, and the plan that is made of it."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from qpruner.decide import search as bayesian
+from qpruner.decide import widths
 from qpruner.decide.allocate import ALLOCATORS, Choices
+from qpruner.decide.influence import INFLUENCE, block_influence
 from qpruner.decide.information import BitUnit, bit_units, measure_information
 from qpruner.decide.scores import SCORERS
 from qpruner.decide.sensitivity import measure_sensitivity
@@ -19,7 +22,7 @@ from qpruner.judge import loss as judge
 from qpruner.model import cost
 from qpruner.plan import SPECS, Plan
 from qpruner.run import Journal, digest_of
-from qpruner.shape import EVALUATION_BATCH
+from qpruner.shape import EVALUATION_BATCH, measures_influence
 
 INFORMATION_WINDOWS = 32
 HEADER_SLACK = 4  # bytes per linear
@@ -49,6 +52,21 @@ def measure_scores(job: Job) -> dict[str, Tensor]:
             inputs,
             lambda: scorer(job.original(), job.graph, windows, generator, scratch, job.progress("importance")),
         )
+
+
+def worth_of_layers(job: Job, scores: Mapping[str, Tensor]) -> list[float]:
+    """One number for each decoder layer, higher = keep: from the scores of its units, or measured of it as a whole."""
+    if not measures_influence(job.recipe):
+        return widths.layer_worth(job.graph, scores)
+    windows = job.prepared.calibration.ids
+    inputs = job.inputs(windows=digest_of(windows.tolist()), precision=job.recipe.precision)
+    with job.scratch("layer-scores", inputs) as scratch:
+        found = job.run.tensors(
+            "layer_scores",
+            inputs,
+            lambda: {INFLUENCE: block_influence(job.original(), windows, scratch, job.progress("block influence"))},
+        )
+    return found[INFLUENCE].tolist()
 
 
 def measure_layers(job: Job, kept: dict) -> list[dict]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,13 +19,18 @@ from qpruner.model.skeleton import build_skeleton
 from qpruner.model.surgery import narrow_
 from qpruner.plan import UNITS_BYTES, Budget
 from qpruner.recipe import Recipe
-from qpruner.shape import Shape, any_layers, forecast_for, needs_all_in_memory, shape_of, widths_for
+from qpruner.shape import Shape, any_layers, forecast_for, layers_for, needs_all_in_memory, shape_of, widths_for
 
 
-def without_layers(prepared: "Prepared", scores: dict[str, Tensor]) -> tuple["Prepared", dict[str, Tensor]]:
-    """The request for the model of the layers that stay, with the scores of its units; as it was where all stay."""
+def without_layers(
+    prepared: "Prepared", scores: dict[str, Tensor], worth: Sequence[float]
+) -> tuple["Prepared", dict[str, Tensor]]:
+    """The request for the model of the layers that stay, with the scores of its units; as it was where all stay.
+
+    worth: of every decoder layer.
+    """
     graph, recipe = prepared.shape.graph, prepared.recipe
-    layers = widths.keep_layers(graph, recipe, scores)
+    layers = layers_for(prepared.shape, recipe, prepared.limit_bytes, worth)
     if layers is None:
         return prepared, scores
     shape = prepared.shape.of_layers(layers)
@@ -135,7 +141,7 @@ def prepare(
     require_weights(source)
     shape = shape_of(source)
     limit = limit_of(parsed, source)
-    fewer = any_layers(shape, recipe)
+    fewer = any_layers(shape, recipe, limit)
     check_residual(fewer, recipe)
     counts = widths_for(fewer, recipe, limit)
     tokenizer = load.load_tokenizer(source)

@@ -130,8 +130,15 @@ class Recipe(Value):
             raise ValueError("units must be different kinds, one at least, for instance [kv_group, channel]")
         if self.scope == "global" and self.selection == "llm-pruner":
             raise ValueError("selection llm-pruner counts the units of each layer, which scope global does not")
-        if self.layers_kept < 1 and (self.layers is not None or self.kept_per_layer):
-            raise ValueError("layers and kept_per_layer number the decoder layers, which layers_kept numbers anew")
+        fewer = "fit_by: depth" if self.fit_by == "depth" else "layers_kept" if self.layers_kept < 1 else None
+        if self.fit_by == "depth" and self.layers_kept < 1:
+            raise ValueError("fit_by: depth finds the number of layers that layers_kept would set")
+        if fewer and (self.layers is not None or self.kept_per_layer):
+            raise ValueError(f"layers and kept_per_layer number the decoder layers, which {fewer} numbers anew")
+        if self.score == "flap" and fewer and self.layer_score == "units":
+            raise ValueError("score flap is standardised in each layer, so its sums say nothing of whole layers")
+        if self.score == "flap" and self.scope == "global" and self.worth == "per-byte":
+            raise ValueError("score flap is below zero for half of the units: in scope global it wants worth: score")
         return self
 
     def recovery(self, hidden_size: int) -> Recovery:

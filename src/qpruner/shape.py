@@ -3,14 +3,14 @@
 Everything here is computed from shapes, in seconds, and touches no file of weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from qpruner.decide import widths
 from qpruner.decide.draft import draft
-from qpruner.decide.scores import BATCH_TOKENS
+from qpruner.decide.saliences import BATCH_TOKENS
 from qpruner.errors import BudgetError, ModelError
 from qpruner.model import cost, depth, load, memory
 from qpruner.model.discover import discover
@@ -47,6 +47,12 @@ class Shape:
         if self.graph.exchanges:
             raise ModelError(f"no whole layer of {self.source.name!r} can go: {self.graph.exchanges[0]}.")
         depth.check_depth(self.source.config, layers, trust_remote_code=self.source.trust_remote_code)
+        return self.shortened(layers)
+
+    def shortened(self, layers: tuple[int, ...] | None) -> "Shape":
+        """`of_layers` without asking whether there is such a model: enough to predict a size."""
+        if layers is None:
+            return self
         names = depth.tensor_names(self.graph, layers, self.tensors)
         tensors = {new: self.tensors[old] for new, old in names.items()}
         return replace(self, graph=depth.shortened(self.graph, layers), tensors=tensors, layers=layers)
@@ -146,10 +152,47 @@ class Room:
         return self.whole_bytes - self.size_bytes + int(kept * self.size_bytes)
 
 
-def any_layers(shape: Shape, recipe: Recipe) -> Shape:
+def loses_layers(recipe: Recipe) -> bool:
+    return recipe.fit_by == "depth" or recipe.layers_kept < 1
+
+
+def measures_influence(recipe: Recipe) -> bool:
+    return loses_layers(recipe) and recipe.layer_score == "block-influence"
+
+
+def layers_for(shape: Shape, recipe: Recipe, limit_bytes: int, worth: Sequence[float]) -> tuple[int, ...] | None:
+    """The decoder layers that stay, ascending; None for all. worth: one number per layer, higher = keep.
+
+    As many as the recipe says, or with `fit_by: depth` as many as fit with the recipe's `kept` of their units.
+
+    Raises:
+        BudgetError: with `fit_by: depth`, not even the protected layers fit, or one.
+    """
+    if recipe.fit_by == "width":
+        return widths.keep_layers(shape.graph, recipe, worth)
+    n = len(shape.graph.layers)
+    fewest = max(1, sum(widths.layers_protected(n, recipe)))
+    of_number = lambda n_kept: widths.keep_layers(shape.graph, recipe, worth, n_kept)
+
+    def size(n_kept: int, at: int) -> float:
+        short = shape.shortened(of_number(n_kept))
+        counts = widths.counts(short.graph, recipe, recipe.kept)
+        return stored_sizes(short, recipe)[at](widths.first_units(short.graph, counts))
+
+    for at in range(2):  # with `mean_bits`, or else with the fewest
+        n_kept = n - widths.first(n - fewest, lambda gone, at=at: size(n - gone, at) <= limit_bytes)
+        if size(n_kept, at) <= limit_bytes:
+            return of_number(n_kept)
+    raise BudgetError(
+        f"no plan of recipe {recipe.name!r} fits {limit_bytes:,} bytes: {size(fewest, 1):,.0f} are stored with "
+        f"{fewest} of {n} decoder layers. Give a larger budget, or a recipe with fewer protected layers or a smaller "
+        "`kept`."
+    )
+
+
+def any_layers(shape: Shape, recipe: Recipe, limit_bytes: int) -> Shape:
     """The model of as many layers as stay, whichever: layers of a decoder are mostly alike."""
-    equal = {name: torch.zeros(group.n_units) for name, group in shape.graph.groups.items()}
-    return shape.of_layers(widths.keep_layers(shape.graph, recipe, equal))
+    return shape.of_layers(layers_for(shape, recipe, limit_bytes, [0.0] * len(shape.graph.layers)))
 
 
 def needs_all_in_memory(recipe: Recipe) -> bool:
@@ -183,6 +226,7 @@ def work_for(shape: Shape, recipe: Recipe, counts: widths.Counts, window: int) -
         dtype=getattr(torch, recipe.precision),
         quantizes=recipe.bits[0] < 16,
         measures_information=len(recipe.bits) > 1,
+        measures_influence=measures_influence(recipe),
         whole_bytes=whole,
         training_tokens=recipe.batch_size * window if recipe.steps and recipe.adapter_rank else 0,
     )

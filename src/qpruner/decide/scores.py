@@ -9,61 +9,29 @@ decides what is computed and kept, for one decoder layer at a time:
     element-mixed    that, and the mean square
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from qpruner.decide.activations import flap, wanda_sp
+from qpruner.decide.saliences import (
+    Scorer,
+    UnitScores,
+    batch_of,
+    key_of,
+    matrices_of,
+    per_unit,
+    saliences_of,
+    sites_of,
+)
 from qpruner.math import taylor
 from qpruner.math.grids import tiles
 from qpruner.model.graph import Graph, LinearSite, Stack
-from qpruner.model.scratch import Scratch
-from qpruner.model.stream import OnLayer, Results, Watch
+from qpruner.model.stream import Watch
 from qpruner.model.surgery import names_of
 from qpruner.model.whole import Streamable
-
-BATCH_TOKENS = 1024
-
-UnitScores = dict[str, Tensor]  # group -> (n_units,) float32, higher = keep
-Saliences = dict[tuple[str, int], Tensor]  # linear or stack, dim -> one value per row (dim 1) or column (dim 0)
-Scorer = Callable[[Streamable, Graph, Tensor, torch.Generator, Scratch, OnLayer | None], UnitScores]
-
-
-def per_unit(graph: Graph, saliences: Mapping[tuple[str, int], Tensor]) -> UnitScores:
-    """Sums the saliences of rows and columns over every unit's slices."""
-    scores = {}
-    for name, group in graph.groups.items():
-        rows = [(saliences[linear, 1], table) for linear, table in group.producers.items()]
-        columns = [(saliences[linear, 0], table) for linear, table in group.consumers.items()]
-        vectors, tables = zip(*rows, *columns, strict=True)
-        scores[name] = taylor.unit_scores(list(vectors), list(tables)).float()
-    return scores
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """One weight of (d_out, d_in): of a linear, or of one expert of a stack."""
-
-    name: str
-    expert: int | None
-    transposed: bool
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """This matrix in a parameter, or in its gradient, as a view."""
-        matrix = tensor if self.expert is None else tensor[self.expert]
-        return matrix.T if self.transposed else matrix
-
-
-def matrices_of(site: LinearSite | Stack) -> list[Matrix]:
-    experts = range(site.n_experts) if isinstance(site, Stack) else [None]
-    return [Matrix(site.name, expert, site.transposed) for expert in experts]
-
-
-def sites_of(graph: Graph, layer: int) -> list[LinearSite | Stack]:
-    return [site for site in (*graph.linears.values(), *graph.stacks.values()) if site.layer == layer]
-
 
 # --- Taylor scores ---------------------------------------------------------------------------------------------------
 
@@ -202,19 +170,6 @@ def activation_watch(stream: Streamable, graph: Graph, n_windows: int) -> Watch:
     return watch
 
 
-def key_of(site: str, dim: int) -> str:
-    return f"{site}/{dim}"
-
-
-def saliences_of(results: Results) -> Saliences:
-    return {(key[:-2], int(key[-1])): value for result in results for key, value in result.items()}
-
-
-def batch_of(windows: Tensor) -> int:
-    """Windows that go through a layer together, where the sum of their gradients is all that is wanted."""
-    return max(1, BATCH_TOKENS // windows.shape[1])
-
-
 def gradient_scorer(start: Callable[[], Sums | Means], *, squares: bool) -> Scorer:
     """squares: of the gradient of every single window."""
 
@@ -254,10 +209,20 @@ def magnitude(stream, graph, windows, generator, scratch, on_layer) -> UnitScore
     for layer, _ in stream.layers():
         for site in sites_of(graph, layer):
             W = stream.model.get_parameter(names_of(site)[0]).detach()
-            for dim in (0, 1):
-                parts = [matrix.of(W).double().square().sum(dim) for matrix in matrices_of(site)]
-                saliences[site.name, dim] = torch.cat(parts)
+            parts = [squares(matrix.of(W)) for matrix in matrices_of(site)]
+            for dim, vectors in enumerate(zip(*parts, strict=True)):
+                saliences[site.name, dim] = torch.cat(vectors)
     return per_unit(graph, saliences)
+
+
+def squares(W: Tensor) -> tuple[Tensor, Tensor]:
+    """sum w^2 of every column, and of every row, in float64, with no temporary as large as the weight."""
+    columns, by_row = 0.0, []
+    for rows in tiles(*W.shape):
+        part = W[rows].double().square()
+        columns = columns + part.sum(0)
+        by_row.append(part.sum(1))
+    return columns, torch.cat(by_row)
 
 
 def random_scores(stream, graph, windows, generator, scratch, on_layer) -> UnitScores:
@@ -270,6 +235,8 @@ SCORERS: dict[str, Scorer] = {
     "element-first": gradient_scorer(lambda: Means(taylor.element_first, fisher=False), squares=False),
     "element-second": gradient_scorer(lambda: Sums(taylor.second_order), squares=True),
     "element-mixed": gradient_scorer(lambda: Means(taylor.element_mixed, fisher=True), squares=True),
+    "wanda-sp": wanda_sp,
+    "flap": flap,
     "magnitude": magnitude,
     "random": random_scores,
 }

@@ -100,29 +100,42 @@ def fit(graph: Graph, recipe: Recipe, size_bytes: Callable[[Counts], float], lim
     return counts(graph, recipe, low / STEPS)
 
 
-def keep_layers(graph: Graph, recipe: Recipe, scores: Mapping[str, Tensor]) -> tuple[int, ...] | None:
+def layer_worth(graph: Graph, scores: Mapping[str, Tensor]) -> list[float]:
+    """Of every decoder layer: the sum over its kv groups and channels, which hold all its weights that can go."""
+    worth = [0.0] * len(graph.layers)
+    for name, group in graph.groups.items():
+        if group.kind in LAYER_KINDS:
+            worth[group.layer] += float(scores[name].double().sum())
+    return worth
+
+
+def layers_protected(n_layers: int, recipe: Recipe) -> list[bool]:
+    return [fraction == 1.0 for fraction in kept_fractions(n_layers, recipe, 0.0)]
+
+
+def keep_layers(
+    graph: Graph, recipe: Recipe, worth: Sequence[float], n_kept: int | None = None
+) -> tuple[int, ...] | None:
     """The decoder layers that stay as a whole, ascending; None for all.
 
-    A layer's score is the sum of those of its kv groups and channels, which hold all its weights that can go. Protected
-    layers stay; of equal scores the earlier.
+    Protected layers stay, then those that are worth most; of equal ones the earlier.
 
+    Args:
+        worth: one number per decoder layer, higher = keep.
+        n_kept: how many stay; by default the recipe's fraction of them.
     Raises:
         RecipeError: more layers are protected than are to stay.
     """
     n = len(graph.layers)
-    n_kept = max(1, round(n * recipe.layers_kept))
+    n_kept = max(1, round(n * recipe.layers_kept)) if n_kept is None else n_kept
     if n_kept == n:
         return None
-    protected = [f == 1.0 for f in kept_fractions(n, recipe, 0.0)]
+    protected = layers_protected(n, recipe)
     if sum(protected) > n_kept:
         raise RecipeError(
             f"recipe {recipe.name!r} keeps {n_kept} of {n} decoder layers and protects {sum(protected)}. Accepted: "
             "layers_kept above the protected fractions together."
         )
-    worth = [0.0] * n
-    for name, group in graph.groups.items():
-        if group.kind in LAYER_KINDS:
-            worth[group.layer] += float(scores[name].double().sum())
     order = sorted(range(n), key=lambda layer: (not protected[layer], -worth[layer], layer))
     return tuple(sorted(order[:n_kept]))
 
@@ -155,7 +168,8 @@ def first_units(graph: Graph, wanted: Counts) -> Kept:
 class Lot:
     """Units of one group that go together: a step of the grid, one unit of every block.
 
-    left: units of the group that stay once it is gone. worth: their score per stored byte. gone: fraction of the group.
+    left: units of the group that stay once it is gone. worth: their score, per stored byte unless the recipe has them
+    compete by the bare score. gone: fraction of the group.
     """
 
     group: str
@@ -175,8 +189,8 @@ def choose(
     """The kept units of every group, the best of each.
 
     With `scope: layer` as many as were fitted before anything was scored. With `scope: global` all units that the
-    recipe may prune compete by their score per stored byte: the lots that are worth least go, as many as the recipe's
-    `kept` and the limit ask for. Equals go evenly: the lot first that leaves most of its group.
+    recipe may prune compete by their score, or by their score per stored byte: the lots that are worth least go, as
+    many as the recipe's `kept` and the limit ask for. Equals go evenly: the lot first that leaves most of its group.
 
     Args:
         sizes: bytes stored with so much kept, in order of preference: the first whose limit can be met is taken.
@@ -215,13 +229,13 @@ def compete(
         return sum(weight[name] * left[name] for name in weight)
 
     fits = lambda n: size_bytes(first_units(graph, left(n))) <= limit_bytes
-    n = _first(len(lots), lambda n: prunable_bytes(left(n)) <= recipe.kept * prunable_bytes(widest))
+    n = first(len(lots), lambda n: prunable_bytes(left(n)) <= recipe.kept * prunable_bytes(widest))
     if recipe.shrink_to_fit and not fits(n):
-        n = _first(len(lots), lambda m: m > n and fits(m))
+        n = first(len(lots), lambda m: m > n and fits(m))
     return left(n) if fits(n) else None
 
 
-def _first(last: int, holds: Callable[[int], bool]) -> int:
+def first(last: int, holds: Callable[[int], bool]) -> int:
     """The smallest number up to `last` for which something holds that holds from there on, or `last`."""
     return bisect.bisect_left(range(last), True, key=holds)
 
@@ -251,11 +265,12 @@ def shape_of(graph: Graph, group: Group) -> tuple:
 def lots_of(group: Group, recipe: Recipe, scores: Tensor, fewest: int, weight: Mapping[str, float]) -> list[Lot]:
     """What a group can lose, the worst first, until `fewest` units are left."""
     ranked = scores.double()[_by_rank(group, scores)].mean(0)  # of the units in one rank of all blocks
+    per = weight[group.name] if recipe.worth == "per-byte" else 1.0
     step = recipe.width_grid if group.kind in ON_GRID else 1
     lots, stay, worth = [], len(ranked), -math.inf
     while stay * group.n_blocks > fewest:
         left = (stay - 1) // step * step
-        worth = max(worth, float(ranked[left:stay].mean()) / weight[group.name])
+        worth = max(worth, float(ranked[left:stay].mean()) / per)
         lots.append(Lot(group.name, left * group.n_blocks, worth, 1 - left / len(ranked)))
         stay = left
     return lots

@@ -22,6 +22,9 @@ from qpruner.model.cost import ITEMSIZE, TensorSpec, tensor_bytes
 from qpruner.model.graph import Graph
 
 SCORE_COPIES = {"element-first": 1, "element-mixed": 2}  # float32 tensors per weight of a layer
+FORWARD_SCORES = ("wanda-sp", "flap")  # which no gradient is taken for
+WEIGHT_SCORES = ("magnitude", "random")  # nor any pass
+WIDE_COPIES = 3 * 8  # bytes for each number of one linear's inputs, or of its weight, while it is in float64
 LOGIT_COPIES = 5  # float32 logits, shifted, log-probabilities, gradients; or those of a second model
 LOFTQ_COPIES = 14  # of the largest matrix in float32: itself, rounded, error, factors of its decomposition
 FORWARD_COPIES, BACKWARD_COPIES = 1.5, 3.0  # of what goes in and out of a layer's linears
@@ -42,6 +45,7 @@ class Work:
     dtype: torch.dtype
     quantizes: bool
     measures_information: bool
+    measures_influence: bool  # of whole layers
     whole_bytes: int | None  # of the pruned model in memory with its candidates and adapters, where a stage needs that
     training_tokens: int  # in one batch
 
@@ -77,6 +81,7 @@ class Sizes:
         self.ends = max(map(elements, outside), default=0)  # embedding and head are not there at the same time
         self.all = sum(map(elements, tensors))
         widths = [sum(s.d_in + s.d_out for s in graph.linears.values() if s.layer == i) for i in range(len(inside))]
+        self.widest = max((site.d_in for site in graph.linears.values()), default=0)
         self.widths, self.all_widths = max(widths, default=0), sum(widths)
         self.n_units, self.n_layers = len(graph.projections), len(inside)
 
@@ -111,7 +116,8 @@ def forecast(
             f"or {LESS.get(stage, 'use shorter windows')}."
         )
     item = work.dtype.itemsize
-    back = math.prod(work.calibration) * hidden_size * item * (sizes.n_layers + 3)
+    arrays = 2 if work.score in FORWARD_SCORES + WEIGHT_SCORES else sizes.n_layers + 3
+    back = math.prod(work.calibration) * hidden_size * item * arrays
     there = work.judged_windows * work.judged[1] * hidden_size * item * 4  # two of either model, for the divergence
     return Forecast(streamed, False, limit, disk=max(back, there))
 
@@ -132,12 +138,21 @@ def stages_of(sizes: Sizes, work: Work, hidden_size: int, *, resident: bool) -> 
     outside = 0 if resident else sizes.ends * item
     states = lambda arrays: n_windows * window * hidden_size * item * arrays if resident else 0
     scores = SCORE_COPIES.get(work.score, 0) * sizes.layer * 4 + sizes.matrix * 2 * item
+    through = weights + FORWARD_COPIES * work.score_tokens * sizes.widths * item + states(2)
+    through = max(outside, through + WIDE_COPIES * work.score_tokens * sizes.widest)
     backward = weights + scores + BACKWARD_COPIES * work.score_tokens * sizes.widths * item + states(sizes.n_layers + 2)
     loss = outside + LOGIT_COPIES * work.score_tokens * work.vocabulary * 4 + states(sizes.n_layers + 2)
     loss += weights if resident else 0
     forward = weights + FORWARD_COPIES * judged_tokens * sizes.widths * item
     tail = outside + LOGIT_COPIES * judged_tokens * work.vocabulary * 4 + (weights if resident else 0)
-    stages = {"importance": max(backward, loss), "judging": max(forward, tail)}
+    importance = max(backward, loss)
+    if work.score in FORWARD_SCORES:
+        importance = through
+    elif work.score in WEIGHT_SCORES:
+        importance = weights + sizes.layer_stored + WIDE_COPIES * sizes.matrix
+    stages = {"importance": importance, "judging": max(forward, tail)}
+    if work.measures_influence:
+        stages["block influence"] = through
     if work.measures_information:
         stages["mutual information"] = max(forward, tail) + sizes.n_units * min(n_windows, 32) * 256 * 64 * 4
     if work.quantizes and work.whole_bytes is None:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 LONGEST_LABEL = 44
-VARIANT_STEP = 0.28  # of the distance between two lines
+MOST_LINES = 12  # of a plot in which they can still be told apart
+VARIANT_STEP = 0.24  # of the distance between two lines
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 WIDE_RANGE = 8  # highest over lowest value above which an axis is logarithmic
 
@@ -137,7 +138,8 @@ def drawings(found: dict) -> "list[tuple[str, str, str, Figure, Numbers]]":
                 figure = _lines(rows, lambda row: row["value"], found["varied"])
                 numbers = _numbers(done, model, "loss_increase")
                 drawn.append((f"varied-{i}", f"{model}: loss against {found['varied']}", reading, figure, numbers))
-    if found["varied"] is None and len({row["parameters_before"] for row in done}) > 1:
+    sizes = {row["parameters_before"] for row in done}
+    if found["varied"] is None and len(sizes) > 1 and len(found["recipes"]) <= MOST_LINES:
         reading = "Each line is a recipe, from small to large models; bars are one standard error."
         figure = _lines(done, lambda row: row["parameters_before"], "parameters of the original")
         drawn.append(("scale", "Loss against model size", reading, figure, _numbers(done, None, "loss_increase")))
@@ -160,19 +162,19 @@ def _dots(found: dict, rows: list[dict]) -> "list[tuple[str, str, str, Figure]]"
     drawn = []
     if rows:
         reading = "Further left is better. Bars are one standard error over windows; small marks are single seeds."
-        figure = _panels(rows, "loss_increase", "increase of the loss, nats/token")
+        figure = _panels(found, rows, "loss_increase", "increase of the loss, nats/token")
         drawn.append(("loss_increase", "what pruning cost", reading, figure))
     if compared:
         reading = f"Left of the line is better than {found['baseline']}; bars are one standard error of the difference."
-        figure = _panels(compared, "against_baseline", "difference of the loss, nats/token")
+        figure = _panels(found, compared, "against_baseline", "difference of the loss, nats/token")
         drawn.append(("against_baseline", f"against {found['baseline']}", reading, figure))
     return drawn
 
 
-def _panels(rows: list[dict], key: str, axis: str) -> "Figure":
+def _panels(found: dict, rows: list[dict], key: str, axis: str) -> "Figure":
     limits = list(dict.fromkeys(row["limit"] for row in rows))
     bases = list(dict.fromkeys(_apart(row["recipe"])[0] for row in rows))
-    variants = list(dict.fromkeys(_apart(row["recipe"])[1] for row in rows))
+    variants = list(dict.fromkeys(_apart(recipe)[1] for recipe in found["recipes"]))  # of one colour in all plots
     figure = blank_figure(
         (20 + 8 * len(variants)) * len(bases) + 150,
         cols=len(limits),

@@ -18,8 +18,8 @@ def inspection_table(found: dict) -> Table:
     notes = list(found["notes"])
     if predicted := found.get("predicted"):
         notes.append(
-            f"{predicted['recipe']}: {predicted['parameters']:,} parameters, {predicted['bytes']:,} bytes "
-            f"of {predicted['limit_bytes']:,} allowed"
+            f"{predicted['recipe']}: {predicted['layers']} decoder layers, {predicted['parameters']:,} parameters, "
+            f"{predicted['bytes']:,} bytes of {predicted['limit_bytes']:,} allowed"
         )
     table.caption = "\n".join(notes) or None
     return table
