@@ -85,6 +85,9 @@ def test_numbers_are_those_of_the_artifacts(study):
     in_table = sorted(loss for row in found["rows"] if row["seeds"] for loss in row["loss_by_seed"])
     manifests = [json.loads((f / "manifest.json").read_text()) for f in made.values()]
     assert in_table == pytest.approx(sorted(m["evaluation"]["artifact"]["loss"] for m in manifests))
+    assert all(
+        set(m["evaluation"]) == {"original", "artifact"} for m in manifests
+    )  # how far predictions moved is not asked
 
 
 def test_differences_are_paired_with_the_baseline(study):
