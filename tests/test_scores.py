@@ -5,9 +5,10 @@ import torch
 from tiny import tiny
 from tiny_stream import streamed
 
-from qpruner.decide.scores import SCORERS
+from qpruner.decide.scores import SCORERS, scorer_of
 from qpruner.model.discover import discover
 from qpruner.model.scratch import Scratch
+from qpruner.recipe import Recipe
 
 FAMILIES = ("llama", "gpt2", "gpt_neox")
 WINDOWS = torch.arange(48).reshape(4, 12) % 29 + 1
@@ -51,6 +52,51 @@ def test_scores_are_the_formula(family, kind):
                 }[kind]
                 expected += vector[table].sum(1)
         torch.testing.assert_close(scores[name].double(), expected, rtol=1e-4, atol=1e-9)
+
+
+def unit_sums(model, graph, group):
+    """sum of w g over all weights of every unit, for each window."""
+    found = torch.zeros(len(WINDOWS), group.n_units, dtype=torch.float64)
+    for linear, each in gradients(model, graph).items():
+        turn = (lambda t: t.T) if graph.linears[linear].transposed else (lambda t: t)
+        W = turn(model.get_submodule(linear).weight.detach())
+        for window, g in enumerate(each):
+            if linear in group.producers:
+                found[window] += (W * turn(g)).sum(1)[group.producers[linear]].sum(1)
+            if linear in group.consumers:
+                found[window] += (W * turn(g)).sum(0)[group.consumers[linear]].sum(1)
+    return found
+
+
+@pytest.mark.parametrize("fisher", ["window", "token"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_coarse_score_is_of_whole_units_window_by_window(family, fisher):
+    model = tiny(family)
+    graph = discover(model)
+    recipe = Recipe(name="coarse", score="coarse", fisher=fisher)
+    scorer = scorer_of(recipe, WINDOWS.shape[1])
+    scores = scorer(streamed(model), graph, WINDOWS, torch.Generator(), Scratch(), None)
+    factor = 0.5 * (WINDOWS.shape[1] if fisher == "token" else 1)
+    for name, group in graph.groups.items():
+        u = unit_sums(model, graph, group)
+        expected = (u.mean(0) - factor * u.square().mean(0)).abs()
+        torch.testing.assert_close(scores[name].double(), expected, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "mixtral"])
+def test_hybrid_is_both_scores_in_one_pass(family):
+    model = tiny(family)
+    graph = discover(model)
+    both = run("hybrid", model, graph)
+    for row, kind in enumerate(("element-mixed", "coarse")):
+        alone = run(kind, model, graph)
+        for name in alone:
+            torch.testing.assert_close(both[name][row], alone[name], rtol=1e-3, atol=1e-9)
+
+
+def test_a_quadratic_term_that_is_not_there_cannot_be_scaled():
+    with pytest.raises(ValueError, match="has none to scale"):
+        Recipe(name="x", score="vector", fisher="token")
 
 
 def test_measuring_leaves_the_model_alone():

@@ -54,7 +54,7 @@ class Measured:
 def carry_out(job: Job) -> tuple[Prepared, Decided, Measured]:
     """All stages of the job. The request that comes back is about the model of the layers that stayed."""
     original = judge_original(job)
-    scores = measure_scores(job)
+    scores, fused = measure_scores(job)
     prepared, scores = without_layers(job.prepared, scores, worth_of_layers(job, scores))
     job = replace(job, prepared=prepared)
     sizes = stored_sizes(job.shape, job.recipe)
@@ -62,6 +62,7 @@ def carry_out(job: Job) -> tuple[Prepared, Decided, Measured]:
     information = measure_layers(job, kept)
     made = _in_memory if prepared.in_memory else _layer_by_layer
     decided, done = made(job, scores, kept, information)
+    decided = replace(decided, fused=fused)
     folder, size = partial(prepared.output), job.shape.size(decided.plan)
     on_disk = save.weight_bytes(folder)
     assert on_disk == size.total, f"{on_disk} bytes on disk, {size.total} predicted"

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from qpruner.decide import search as bayesian
 from qpruner.decide import widths
 from qpruner.decide.allocate import ALLOCATORS, Choices
+from qpruner.decide.fusion import Blend, Fused, fuse, train_
 from qpruner.decide.influence import INFLUENCE, block_influence
 from qpruner.decide.information import BitUnit, bit_units, measure_information
-from qpruner.decide.scores import SCORERS
+from qpruner.decide.scores import scorer_of
 from qpruner.decide.sensitivity import measure_sensitivity
 from qpruner.do.quantize import Candidates
 from qpruner.files import write_text
@@ -22,7 +23,7 @@ from qpruner.judge import loss as judge
 from qpruner.model import cost
 from qpruner.plan import SPECS, Plan
 from qpruner.run import Journal, digest_of
-from qpruner.shape import EVALUATION_BATCH, measures_influence
+from qpruner.shape import EVALUATION_BATCH, measures_influence, stored_sizes
 
 INFORMATION_WINDOWS = 32
 HEADER_SLACK = 4  # bytes per linear
@@ -40,18 +41,58 @@ class Decided:
     sensitivity: list[list[float]] | None
     trials: list[bayesian.Trial]
     chosen: bayesian.Trial | None
+    fused: Fused | None = None
 
 
-def measure_scores(job: Job) -> dict[str, Tensor]:
+def measure_scores(job: Job) -> tuple[dict[str, Tensor], Fused | None]:
+    """One score for every unit; of a hybrid score also how its two became one."""
     windows = job.prepared.calibration.ids
-    inputs = job.inputs(score=job.recipe.score, windows=digest_of(windows.tolist()))
-    scorer, generator = SCORERS[job.recipe.score], torch.Generator().manual_seed(job.prepared.seed)
+    inputs = job.inputs(
+        score=job.recipe.score, fisher=job.recipe.fisher, precision=job.recipe.precision,
+        windows=digest_of(windows.tolist()),
+    )  # fmt: skip
+    scorer = scorer_of(job.recipe, windows.shape[1])
+    generator = torch.Generator().manual_seed(job.prepared.seed)
     with job.scratch("importance", inputs) as scratch:
-        return job.run.tensors(
+        measured = job.run.tensors(
             "importance",
             inputs,
             lambda: scorer(job.original(), job.graph, windows, generator, scratch, job.progress("importance")),
         )
+    if job.recipe.score != "hybrid":
+        return measured, None
+    found = _fused(job, measured, inputs)
+    return found.scores, found
+
+
+def _fused(job: Job, measured: dict[str, Tensor], inputs: dict) -> Fused:
+    recipe, prepared = job.recipe, job.prepared
+    sizes = stored_sizes(job.shape, recipe)
+    inputs = inputs | dict(
+        fusion=recipe.fusion, steps=recipe.fusion_steps, counts=prepared.counts, scope=recipe.scope,
+        limit=prepared.limit_bytes, search=digest_of(prepared.search.ids.tolist()),
+    )  # fmt: skip
+
+    def trial(scores: dict[str, Tensor]) -> float:
+        kept = widths.choose(job.graph, recipe, scores, prepared.counts, sizes, prepared.limit_bytes)
+        with job.scratch("fusion-trial", inputs | {"kept": kept}) as place:
+            judged = judge.Streamed(job.pruned(kept, job.precision), place)
+            return judge.evaluate_loss(judged, prepared.search, batch_size=job.batch).loss
+
+    with job.scratch("fusion", inputs) as scratch:
+
+        def train(blend: Blend) -> tuple[float, ...]:
+            return train_(
+                blend, job.original(), prepared.calibration.ids, steps=recipe.fusion_steps, scratch=scratch,
+                generator=torch.Generator().manual_seed(prepared.seed), on_step=job.progress("fusion"),
+            )  # fmt: skip
+
+        def compute() -> dict[str, Tensor]:
+            pools = widths.pools(job.graph, recipe, prepared.counts, sizes[0])
+            show = job.progress("trials of fusion")
+            return fuse(measured, pools, job.graph, recipe.fusion, train, trial, show).to_tensors()
+
+        return Fused.from_tensors(job.run.tensors("fusion", inputs, compute))
 
 
 def worth_of_layers(job: Job, scores: Mapping[str, Tensor]) -> list[float]:

@@ -22,7 +22,7 @@ from qpruner.prepare import Prepared
 from qpruner.progress import OnProgress
 from qpruner.recipe import Recipe
 from qpruner.run import Run, digest_of
-from qpruner.shape import Shape
+from qpruner.shape import Shape, evaluation_batch
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,11 @@ class Job:
 
     def plan(self, kept: Mapping, bits: int | dict[str, int]) -> Plan:
         return self.shape.plan(self.recipe, kept, bits, self.prepared.seed)
+
+    @property
+    def batch(self) -> int:
+        """Windows that are judged at once."""
+        return evaluation_batch(self.prepared.evaluation.ids.shape[1], self.shape.vocabulary)
 
     # --- stages ------------------------------------------------------------------------------------------------------
 

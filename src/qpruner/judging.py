@@ -10,7 +10,6 @@ from qpruner.model import checkpoint, load, memory
 from qpruner.model.scratch import Scratch
 from qpruner.model.whole import Streamable
 from qpruner.run import digest_of
-from qpruner.shape import evaluation_batch
 
 
 def judge_original(job: Job) -> dict:
@@ -20,7 +19,7 @@ def judge_original(job: Job) -> dict:
 
         def compute() -> dict:
             judged = _judged(job, job.original(), scratch, "original")
-            return {"loss": loss_values(judge.evaluate_loss(judged, windows, batch_size=_batch(job)))}
+            return {"loss": loss_values(judge.evaluate_loss(judged, windows, batch_size=job.batch))}
 
         judged = job.run.values("original", inputs, compute)
     return judged | _speed(job, "original", job.shape.source.folder, job.prepared.weights_digest)
@@ -38,11 +37,11 @@ def judge_artifact(job: Job, folder: Path) -> dict:
             return _judged(job, open_stream(written, dtype=job.precision, **job.where()), ours, "artifact")
 
         def loss() -> dict:
-            return {"loss": loss_values(judge.evaluate_loss(artifact(), windows, batch_size=_batch(job)))}
+            return {"loss": loss_values(judge.evaluate_loss(artifact(), windows, batch_size=job.batch))}
 
         def divergence() -> dict:
             original = _judged(job, job.original(), theirs, "original")
-            return {"kl": judge.kl_to(artifact(), original, windows, batch_size=_batch(job)).to_dict()}
+            return {"kl": judge.kl_to(artifact(), original, windows, batch_size=job.batch).to_dict()}
 
         judged = job.run.values("artifact", inputs, loss)
         if job.measure_kl:
@@ -52,10 +51,6 @@ def judge_artifact(job: Job, folder: Path) -> dict:
 
 def _judged(job: Job, stream: Streamable, scratch: Scratch, which: str) -> judge.Streamed:
     return judge.Streamed(stream, scratch, job.progress(f"judging the {which}"))
-
-
-def _batch(job: Job) -> int:
-    return evaluation_batch(job.prepared.evaluation.ids.shape[1], job.shape.vocabulary)
 
 
 def _speed(job: Job, which: str, folder: Path, weights: str) -> dict:

@@ -28,6 +28,8 @@ class Recipe(Value):
         score: importance of a unit. `vector` and `element-*` are LLM-Pruner's; `coarse` sums over a unit before the
             modulus is taken, and `hybrid` fuses it with `element-mixed` (HyWIA); `wanda-sp` and `flap` look at the
             inputs of linears that read a unit; `magnitude` and `random` are controls.
+        fisher: what the quadratic terms of `element-mixed`, `coarse` and `hybrid` take for a sample: a `window`, as
+            their authors do, or a `token`, which makes them as much larger as a window has tokens.
         fusion, fusion_steps: of `hybrid`: how its two scores become one; `best` tries all and keeps what loses least on
             the search text. Steps that the learned attention is trained.
         units: kinds of units that are pruned: kv groups (key/value heads with the query heads that share them), query
@@ -77,6 +79,7 @@ class Recipe(Value):
     description: str = ""
 
     score: Score = "element-mixed"
+    fisher: Literal["window", "token"] = "window"
     fusion: Fusion = "best"
     fusion_steps: int = Field(default=60, ge=1)
     units: tuple[Units, ...] = ("kv_group", "channel")
@@ -124,6 +127,12 @@ class Recipe(Value):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
+        if self.score == "hybrid" and (self.fit_by == "depth" or self.layers_kept < 1):
+            raise ValueError("score hybrid is fused for a model that keeps all its layers: leave layers whole")
+        if self.score == "hybrid" and self.worth == "score":
+            raise ValueError("score hybrid is fused per stored byte: it needs worth per-byte")
+        if self.fisher == "token" and self.score not in ("element-mixed", "coarse", "hybrid"):
+            raise ValueError(f"fisher token scales a quadratic term, and score {self.score} has none to scale")
         if list(self.bits) != sorted(set(self.bits)) or not self.bits:
             raise ValueError("bits must be different and ascending, for instance [4, 8]")
         if not self.units or len(set(self.units)) < len(self.units):

@@ -34,7 +34,7 @@ from qpruner.report.study import markdown, page
 from qpruner.run import digest_of
 from qpruner.shape import Room, shape_of
 
-SCORED_BY = ("score", "fusion", "fusion_steps", "units", "calibration_windows", "window", "precision")
+SCORED_BY = ("score", "fisher", "precision", "calibration_windows", "window")
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,13 @@ decides what is computed and kept, for one decoder layer at a time:
     element-second   sums over rows and columns of each window's gradient
     element-first    the mean gradient of every weight of the layer
     element-mixed    that, and the mean square
+    coarse           sums over rows and columns of each window's gradient, kept window by window until units are summed
+    hybrid           what element-mixed and coarse need, in one pass
+
+The last two are HyWIA's (arXiv 2403.10799); `hybrid` gives both its scores, which `decide/fusion.py` makes one.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -29,9 +34,11 @@ from qpruner.decide.saliences import (
 from qpruner.math import taylor
 from qpruner.math.grids import tiles
 from qpruner.model.graph import Graph, LinearSite, Stack
+from qpruner.model.skeleton import decoder_layers
 from qpruner.model.stream import Watch
 from qpruner.model.surgery import names_of
 from qpruner.model.whole import Streamable
+from qpruner.recipe import Recipe
 
 # --- Taylor scores ---------------------------------------------------------------------------------------------------
 
@@ -42,7 +49,7 @@ class Sums:
     def __init__(self, contribution: Callable[..., Tensor]):
         self._contribution, self._sums = contribution, {}
 
-    def add(self, W: Tensor, g: Tensor, n_windows: int) -> None:
+    def add(self, W: Tensor, g: Tensor, n_windows: int, window: int) -> None:
         for dim in (0, 1):
             self._sums[dim] = self._sums.get(dim, 0.0) + self._contribution(W, g, dim=dim) / n_windows
 
@@ -53,10 +60,11 @@ class Sums:
 class Means:
     """For saliences with a modulus around each weight's own term: the mean gradient, and F where it is asked for."""
 
-    def __init__(self, salience: Callable[..., Tensor], *, fisher: bool):
+    def __init__(self, salience: Callable[..., Tensor], *, fisher: float = 0.0):
+        """fisher: factor of F, which is not even summed for 0."""
         self._salience, self._fisher, self._G, self._F = salience, fisher, None, None
 
-    def add(self, W: Tensor, g: Tensor, n_windows: int) -> None:
+    def add(self, W: Tensor, g: Tensor, n_windows: int, window: int) -> None:
         if self._G is None:
             self._G = torch.zeros_like(g, dtype=torch.promote_types(g.dtype, torch.float32))
             self._F = torch.zeros_like(self._G) if self._fisher else None
@@ -64,7 +72,7 @@ class Means:
             wide = g[rows].to(self._G.dtype)
             self._G[rows].add_(wide, alpha=1 / n_windows)
             if self._fisher:
-                self._F[rows].addcmul_(wide, wide, value=1 / n_windows)
+                self._F[rows].addcmul_(wide, wide, value=self._fisher / n_windows)
 
     def saliences(self, W: Tensor) -> tuple[Tensor, Tensor]:
         if self._G is None:
@@ -77,6 +85,41 @@ class Means:
         return columns, torch.cat(by_row)
 
 
+class Samples:
+    """First orders of every window by itself: (n_windows, n) for columns, and for rows.
+
+    Windows that do not reach a weight, as happens to an expert, count as zero.
+    """
+
+    def __init__(self) -> None:
+        self._each: list[Tensor] | None = None
+
+    def add(self, W: Tensor, g: Tensor, n_windows: int, window: int) -> None:
+        if self._each is None:
+            self._each = [zeros.expand(n_windows, -1).clone() for zeros in nothing(W)]
+        for dim, each in enumerate(self._each):
+            each[window] = taylor.first_order(W, g, dim=dim)
+
+    def saliences(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(self._each or (zeros[None] for zeros in nothing(W)))
+
+
+class Both:
+    """Row 0: saliences weight by weight; the other rows: those of `Samples`."""
+
+    def __init__(self, fine: Means):
+        self._fine, self._samples = fine, Samples()
+
+    def add(self, W: Tensor, g: Tensor, n_windows: int, window: int) -> None:
+        self._fine.add(W, g, n_windows, window)
+        self._samples.add(W, g, n_windows, window)
+
+    def saliences(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        pairs = zip(self._fine.saliences(W), self._samples.saliences(W), strict=True)
+        columns, rows = (torch.cat([fine[None], each]) for fine, each in pairs)
+        return columns, rows
+
+
 def nothing(W: Tensor) -> tuple[Tensor, Tensor]:
     """Of a weight that no window reached."""
     return torch.zeros(W.shape[1], device=W.device), torch.zeros(W.shape[0], device=W.device)
@@ -86,20 +129,26 @@ def gradient_watch(
     stream: Streamable,
     sites_in: Callable[[int], list[LinearSite | Stack]],
     n_windows: int,
-    start: Callable[[], Sums | Means],
+    start: Callable[[], Sums | Means | Samples | Both],
 ) -> Watch:
     """Hands every weight gradient of a layer to a sum as it is made, and keeps none."""
+    paths = decoder_layers(stream.model)
 
     @contextmanager
     def watch(layer: int) -> Iterator[Callable[[], dict[str, Tensor]]]:
         sites = sites_in(layer)
         weights = {site.name: stream.model.get_parameter(names_of(site)[0]) for site in sites}
         sums = {matrix: start() for site in sites for matrix in matrices_of(site)}
+        calls = 0
+
+        def count(*_) -> None:
+            nonlocal calls
+            calls += 1
 
         def hook_for(site: LinearSite | Stack):
             def hook(weight: nn.Parameter) -> None:
                 for matrix in matrices_of(site):
-                    sums[matrix].add(matrix.of(weight.detach()), matrix.of(weight.grad), n_windows)
+                    sums[matrix].add(matrix.of(weight.detach()), matrix.of(weight.grad), n_windows, calls - 1)
                 weight.grad = None
 
             return hook
@@ -110,10 +159,11 @@ def gradient_watch(
                 W = weights[site.name].detach()
                 parts = [sums[matrix].saliences(matrix.of(W)) for matrix in matrices_of(site)]
                 for dim, vectors in enumerate(zip(*parts, strict=True)):
-                    found[key_of(site.name, dim)] = torch.cat(vectors)
+                    found[key_of(site.name, dim)] = torch.cat(vectors, dim=-1)
             return found
 
         with ExitStack() as stack:
+            stack.callback(stream.model.get_submodule(paths[layer]).register_forward_pre_hook(count).remove)
             for site in sites:
                 weight = weights[site.name].requires_grad_(True)
                 stack.callback(weight.requires_grad_, False)
@@ -230,11 +280,41 @@ def random_scores(stream, graph, windows, generator, scratch, on_layer) -> UnitS
     return {name: torch.rand(group.n_units, generator=generator) for name, group in graph.groups.items()}
 
 
+def coarse(stream, graph, windows, generator, scratch, on_layer, *, fisher: float = 1.0) -> UnitScores:
+    """A unit at a time, by what it adds in every window."""
+    sums = gradient_scorer(Samples, squares=True)(stream, graph, windows, generator, scratch, on_layer)
+    return {name: taylor.coarse(u, fisher=fisher).float() for name, u in sums.items()}
+
+
+def element_mixed(stream, graph, windows, generator, scratch, on_layer, *, fisher: float = 1.0) -> UnitScores:
+    scorer = gradient_scorer(lambda: Means(taylor.element_mixed, fisher=fisher), squares=True)
+    return scorer(stream, graph, windows, generator, scratch, on_layer)
+
+
+def hybrid(stream, graph, windows, generator, scratch, on_layer, *, fisher: float = 1.0) -> UnitScores:
+    """Two scores of every unit, (2, n_units): `element-mixed`, and `coarse`."""
+    scorer = gradient_scorer(lambda: Both(Means(taylor.element_mixed, fisher=fisher)), squares=True)
+    found = scorer(stream, graph, windows, generator, scratch, on_layer)
+    return {
+        name: torch.stack([rows[0], taylor.coarse(rows[1:], fisher=fisher).float()]) for name, rows in found.items()
+    }
+
+
+def scorer_of(recipe: Recipe, window: int) -> Scorer:
+    """The recipe's scorer. window: tokens in each window."""
+    scorer = SCORERS[recipe.score]
+    if recipe.fisher == "window":
+        return scorer
+    return functools.partial(scorer, fisher=taylor.fisher_factor(window))
+
+
 SCORERS: dict[str, Scorer] = {
     "vector": vector,
-    "element-first": gradient_scorer(lambda: Means(taylor.element_first, fisher=False), squares=False),
+    "element-first": gradient_scorer(lambda: Means(taylor.element_first), squares=False),
     "element-second": gradient_scorer(lambda: Sums(taylor.second_order), squares=True),
-    "element-mixed": gradient_scorer(lambda: Means(taylor.element_mixed, fisher=True), squares=True),
+    "element-mixed": element_mixed,
+    "coarse": coarse,
+    "hybrid": hybrid,
     "wanda-sp": wanda_sp,
     "flap": flap,
     "magnitude": magnitude,

@@ -255,6 +255,37 @@ def unit_bytes(
     return weight
 
 
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """Units that compete with each other for what may stay.
+
+    weights: (units,) float64, of the groups' units one after the other: stored bytes, or 1 inside one group.
+    target: what is to stay, in the unit of `weights`.
+    """
+
+    groups: tuple[str, ...]
+    weights: Tensor
+    target: float
+
+
+def pools(graph: Graph, recipe: Recipe, fitted: Counts, size_bytes: Callable[[Kept], float]) -> list[Pool]:
+    """Who competes with whom: inside each group, or in scope `global` all that can lose units; the others stay whole.
+
+    Args:
+        fitted: counts that meet the limit; together they say how much is to stay.
+        size_bytes: stored bytes with so much kept.
+    """
+    weight = {}
+    if recipe.scope == "global":
+        weight = unit_bytes(graph, counts(graph, recipe, 1.0), counts(graph, recipe, 0.0), size_bytes)
+    ones = lambda name: torch.ones(graph.groups[name].n_units, dtype=torch.float64)
+    found = [Pool((name,), ones(name), float(fitted[name])) for name in graph.groups if name not in weight]
+    if weight:
+        weights = torch.cat([weight[name] * ones(name) for name in weight])
+        found.append(Pool(tuple(weight), weights, sum(weight[name] * fitted[name] for name in weight)))
+    return found
+
+
 def shape_of(graph: Graph, group: Group) -> tuple:
     sites = {**graph.linears, **graph.stacks}
     sides = (group.producers.items(), group.consumers.items())

@@ -15,6 +15,7 @@ What has to be kept while samples stream by, for one matrix:
     element-second   `second_order(W, g)` of each sample, n numbers: linear in F
     element-first    G whole: the modulus is taken weight by weight, after the mean
     element-mixed    G and F whole, for the same reason
+    coarse           `first_order(W, g)` of every sample, n numbers each: the square of a unit's sum comes after it
 
 so the first two never need a tensor of the size of the weight beyond the gradient of the sample at hand. Everything is
 computed in float32 at least: in half precision g * g underflows to zero and the second order silently vanishes.
@@ -115,6 +116,31 @@ def element_mixed(
     return (first - 0.5 * W.square() * _wide(F)).abs().sum(dim)
 
 
+def coarse(u: Float[Tensor, "samples units"], *, fisher: float = 1.0) -> Float[Tensor, " units"]:
+    """|mean u - 1/2 mean u^2|: the change of the loss when a unit goes as one, not weight by weight.
+
+    The square is of a whole unit's sum for one sample, so it knows that the weights of a unit go together; a diagonal F
+    cannot say that.
+
+    Args:
+        u: for every sample, sum of w g over all weights of the unit (`first_order` over its rows and columns).
+        fisher: factor of the quadratic term; see `fisher_factor`.
+    Source: arXiv:2403.10799, coarse-grained importance; the quadratic term as a Fisher matrix of rank one per sample.
+    """
+    u = u.double()
+    return (u.mean(0) - 0.5 * fisher * u.square().mean(0)).abs()
+
+
+def fisher_factor(tokens: int) -> float:
+    """What turns F of windows into F of tokens.
+
+    The loss of a window is the mean over its n tokens. If their gradients were independent, the mean square of the
+    window's gradient would be 1/n of that of a token, and the curvature of the mean loss is the token's. With n = 512
+    the quadratic term is lost beside the first order if this is left out.
+    """
+    return float(tokens)
+
+
 SALIENCES: dict[str, Callable[..., Tensor]] = {
     "vector": vector,
     "element-first": element_first,
@@ -124,21 +150,22 @@ SALIENCES: dict[str, Callable[..., Tensor]] = {
 
 
 def unit_scores(
-    vectors: Sequence[Float[Tensor, " _n"]], tables: Sequence[Int[Tensor, "units _k"]]
-) -> Float[Tensor, " units"]:
+    vectors: Sequence[Float[Tensor, "*several _n"]], tables: Sequence[Int[Tensor, "units _k"]]
+) -> Float[Tensor, "*several units"]:
     """One score per unit: over the matrices of a group, the sum of the entries that belong to the unit.
 
     With the tables of a `Group` every query head is credited to the key/value head that it shares, wherever it lies.
 
     Args:
-        vectors: per-row saliences of the producers and per-column saliences of the consumers.
+        vectors: per-row saliences of the producers and per-column saliences of the consumers; of several kinds at once,
+            if wanted.
         tables: row u holds the indices of unit u into the vector of the same position.
     Raises:
         ValueError: not one table for each vector, or none.
     """
     if len(vectors) != len(tables) or not vectors:
         raise ValueError(f"{len(vectors)} vectors and {len(tables)} index tables: one of each per matrix, at least one")
-    return torch.stack([v[table].sum(1) for v, table in zip(vectors, tables, strict=True)]).sum(0)
+    return torch.stack([v[..., table].sum(-1) for v, table in zip(vectors, tables, strict=True)]).sum(0)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from qpruner.model.checkpoint import Header
 from qpruner.model.cost import ITEMSIZE, TensorSpec, tensor_bytes
 from qpruner.model.graph import Graph
 
-SCORE_COPIES = {"element-first": 1, "element-mixed": 2}  # float32 tensors per weight of a layer
+SCORE_COPIES = {"element-first": 1, "element-mixed": 2, "hybrid": 2}  # float32 tensors per weight of a layer
 FORWARD_SCORES = ("wanda-sp", "flap")  # which no gradient is taken for
 WEIGHT_SCORES = ("magnitude", "random")  # nor any pass
 WIDE_COPIES = 3 * 8  # bytes for each number of one linear's inputs, or of its weight, while it is in float64

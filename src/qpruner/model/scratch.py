@@ -91,6 +91,10 @@ class Scratch:
         stored = Stored([self._folder / f"{name}.safetensors"])
         return {key: stored.read(key) for key in stored.places}
 
+    def part(self, name: str) -> "Scratch":
+        """A scratch of its own for something that is done again and again inside; in the folder if there is one."""
+        return Scratch(None if self._folder is None else self._folder / name)
+
     def clear(self) -> None:
         """Let go of everything, once what was made of it is stored elsewhere."""
         self._arrays, self._results = {}, {}

@@ -108,11 +108,11 @@ class Stream:
         ids: Tensor,
         scratch: Scratch,
         *,
-        watch: Watch,
+        watch: Watch | None = None,
         batch_size: int = 1,
         on_layer: OnLayer | None = None,
     ) -> Results:
-        """The mean loss of every window, back through all layers.
+        """The mean loss of every window, back through all layers; `scratch` keeps the losses as its result `loss`.
 
         Args:
             batch_size: windows that go through a layer together, where the sum of their gradients will do.
@@ -123,7 +123,7 @@ class Stream:
             walk = _Walk(self, ids, scratch, batch_size, on_layer, n_steps=2 * self.n_layers)
             walk.forward(_unwatched, keep_inputs=True)
             walk.loss()
-            walk.backward(watch)
+            walk.backward(watch or _unwatched)
         return Results(scratch, tuple(f"backward-{i}" for i in range(self.n_layers)))
 
     def layers(self, order: Sequence[int] | None = None) -> Iterator[tuple[int, nn.Module]]:

@@ -6,7 +6,7 @@ is measured in the same way.
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -62,20 +62,23 @@ class Whole:
         ids: Tensor,
         scratch: Scratch,
         *,
-        watch: Watch,
+        watch: Watch | None = None,
         batch_size: int = 1,
         on_layer: OnLayer | None = None,
     ) -> Results:
         names = [f"backward-{i}" for i in range(self.n_layers)]
 
         def run() -> None:
+            losses = []
             for _, rows in batches(ids, batch_size):
                 rows = rows.to(self.device)
                 loss = self.model(input_ids=rows, labels=rows, use_cache=False).loss
                 (loss * len(rows)).backward()
+                losses.append(loss.detach().cpu())
+            scratch.finish("loss", {"loss": torch.stack(losses)})
 
         with torch.inference_mode(False), torch.enable_grad():
-            self._watched(names, scratch, watch, run, ids, on_layer)
+            self._watched(names, scratch, watch or (lambda i: nullcontext(dict)), run, ids, on_layer)
         return Results(scratch, tuple(names))
 
     def layers(self, order: Sequence[int] | None = None) -> Iterator[tuple[int, nn.Module]]:

@@ -1,0 +1,41 @@
+"""A gate for every unit of a model in memory or streamed: what a unit gives is multiplied, weights are not touched."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from qpruner.model.graph import Graph
+
+
+@contextmanager
+def gated(model: nn.Module, graph: Graph, gates: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within, inputs of the linears that read a unit are multiplied by its gate: at zero it is as good as removed.
+
+    Stacked experts read their units where no module sees it; these go ungated.
+
+    Args:
+        gates: group -> (n_units,); groups without gates stay as they are. Gradients reach them.
+    """
+    readers = defaultdict(list)
+    for name, gate in gates.items():
+        for linear, table in graph.groups[name].consumers.items():
+            if linear in graph.linears:
+                readers[linear].append((gate, table))
+
+    def hook_for(linear: str):
+        def hook(module: nn.Module, args: tuple) -> tuple:
+            columns = torch.ones(graph.linears[linear].d_in, dtype=args[0].dtype, device=args[0].device)
+            for gate, table in readers[linear]:
+                each = gate.to(columns).repeat_interleave(table.shape[1])
+                columns = columns * torch.ones_like(columns).index_put((table.flatten().to(columns.device),), each)
+            return args[0] * columns, *args[1:]
+
+        return hook
+
+    with ExitStack() as stack:
+        for linear in readers:
+            stack.callback(model.get_submodule(linear).register_forward_pre_hook(hook_for(linear)).remove)
+        yield
