@@ -45,6 +45,39 @@ def test_a_damaged_result_is_computed_anew(tmp_path):
     assert work.calls == 2
 
 
+class Writing(Counted):
+    """A computation that leaves two files."""
+
+    def __call__(self, folder):
+        super().__call__()
+        for name in ("a", "b"):
+            (folder / name).write_text(self.value)
+
+
+def test_a_folder_of_files_is_a_result_too(tmp_path):
+    work = Writing("old")
+    for name in ("one", "one", "other"):
+        with Run(tmp_path / name, shared=tmp_path / "common") as run:
+            folder = run.files("stage", {"x": 1}, work)
+            assert [(p.name, p.read_text()) for p in sorted(folder.iterdir())] == [("a", "old"), ("b", "old")]
+    assert work.calls == 1
+    (tmp_path / "one/measurements/stage/b").unlink()
+    with Run(tmp_path / "one") as run:
+        assert (run.files("stage", {"x": 1}, Writing("new")) / "b").read_text() == "new", "a damaged one is made anew"
+        assert (run.files("stage", {"x": 2}, Writing("newer")) / "a").read_text() == "newer"
+    assert [p.name for p in (tmp_path / "one/measurements").iterdir()] == ["stage"]
+
+
+def test_a_folder_that_was_not_finished_is_no_result(tmp_path):
+    def fails(folder):
+        (folder / "a").write_text("half")
+        raise KeyboardInterrupt
+
+    with Run(tmp_path / "run") as run, pytest.raises(KeyboardInterrupt):
+        run.files("stage", {}, fails)
+    assert list((tmp_path / "run/measurements").iterdir()) == []
+
+
 def test_a_stage_that_fails_leaves_nothing(tmp_path):
     def fails():
         raise KeyboardInterrupt

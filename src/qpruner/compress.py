@@ -1,7 +1,7 @@
 """The main job: a prepared request in, an artifact and a report out, through the stages of a run folder.
 
-prune -> measure what is left -> choose bits -> quantize -> recover -> save -> judge what was saved. Each stage names
-the digest of all that it depends on, so an interrupted run continues at the stage where it stopped.
+prune -> refit what is left -> measure it -> choose bits -> quantize -> recover -> save -> judge what was saved. Each
+stage names the digest of all that it depends on, so an interrupted run continues at the stage where it stopped.
 
 Everything goes through a `Stream`, layer by layer, whether all layers fit in memory or one does: the results are the
 same. Only the Bayesian search, sensitivities and training need the whole pruned model in memory.
@@ -18,11 +18,13 @@ from qpruner.artifact import save
 from qpruner.decide import widths
 from qpruner.deciding import Decided, choose_bits, measure_layers, measure_scores, search_loss, worth_of_layers
 from qpruner.do.quantize import Candidates
+from qpruner.do.reconstruct import read_facts, reconstruct, write_refitted
 from qpruner.do.recover import train_adapters_
 from qpruner.do.streamed import LayerByLayer
 from qpruner.job import Job, partial
 from qpruner.judging import judge_artifact, judge_original
 from qpruner.model import adapters, cost
+from qpruner.model.surgery import bereft
 from qpruner.plan import Plan
 from qpruner.prepare import Prepared, without_layers
 from qpruner.run import digest_of
@@ -47,6 +49,7 @@ class Measured:
     original: dict
     artifact: dict
     done: Done
+    reconstruction: list[dict]
     size: cost.StoredSize
     on_disk: int
 
@@ -59,6 +62,7 @@ def carry_out(job: Job) -> tuple[Prepared, Decided, Measured]:
     job = replace(job, prepared=prepared)
     sizes = stored_sizes(job.shape, job.recipe)
     kept = widths.choose(job.graph, job.recipe, scores, prepared.counts, sizes, prepared.limit_bytes)
+    job, reconstruction = reconstructed(job, kept)
     information = measure_layers(job, kept)
     made = _in_memory if prepared.in_memory else _layer_by_layer
     decided, done = made(job, scores, kept, information)
@@ -68,7 +72,31 @@ def carry_out(job: Job) -> tuple[Prepared, Decided, Measured]:
     assert on_disk == size.total, f"{on_disk} bytes on disk, {size.total} predicted"
     artifact = judge_artifact(job, folder)
     shutil.rmtree(job.passes, ignore_errors=True)  # with what earlier requests may have left unfinished
-    return prepared, decided, Measured(original, artifact, done, size, on_disk)
+    return prepared, decided, Measured(original, artifact, done, reconstruction, size, on_disk)
+
+
+def reconstructed(job: Job, kept: widths.Kept) -> tuple[Job, list[dict]]:
+    """The job whose pruned model has its refitted linears, and a row for each of them; as it was where none is asked
+    for, or nothing was cut."""
+    plan = job.plan(kept, 16)
+    if plan.reconstruction is None or not bereft(job.graph, kept):
+        return job, []
+    windows, recipe = job.prepared.calibration.ids, job.recipe
+    inputs = job.inputs(
+        kept=kept, layers=job.shape.layers, reconstruction=plan.reconstruction.model_dump(mode="json"),
+        added_biases=plan.added_biases, windows=digest_of(windows.tolist()), precision=recipe.precision,
+    )  # fmt: skip
+    with job.scratch("reconstruction", inputs) as ours, job.scratch("reconstruction-original", inputs) as theirs:
+
+        def compute(folder: Path) -> None:
+            results = reconstruct(
+                job.original(), job.pruned(kept, job.precision), job.graph, plan, windows,
+                dtype=job.stored_dtype, scratches=(theirs, ours), on_layer=job.progress("reconstruction"),
+            )  # fmt: skip
+            write_refitted(results, folder)
+
+        folder = job.run.files("reconstruction", inputs, compute)
+    return replace(job, refitted=folder, refitted_from=digest_of(inputs)), read_facts(folder)
 
 
 def _in_memory(job: Job, scores: dict[str, Tensor], kept: widths.Kept, information: list[dict]) -> tuple[Decided, Done]:

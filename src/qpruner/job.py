@@ -14,8 +14,8 @@ from qpruner.model.graph import Graph
 from qpruner.model.scratch import Scratch
 from qpruner.model.skeleton import build_skeleton
 from qpruner.model.stream import Pace
-from qpruner.model.surgery import narrow_
-from qpruner.model.tensors import Cut, Named, Renamed, Stored
+from qpruner.model.surgery import add_biases_, narrow_
+from qpruner.model.tensors import Cut, Named, Renamed, Replaced, Stored, Zeros
 from qpruner.model.whole import Streamable, opened
 from qpruner.plan import Plan
 from qpruner.prepare import Prepared
@@ -34,6 +34,8 @@ class Job:
     on_progress: OnProgress
     measure_speed: bool
     measure_kl: bool = True
+    refitted: Path | None = None  # a folder of tensors that stand in for those that the pruned model was cut to
+    refitted_from: str | None = None  # digest of all that they depend on
 
     @property
     def recipe(self) -> Recipe:
@@ -62,7 +64,10 @@ class Job:
         return open_stream(self.shape.source, graph=graph, dtype=self.precision, **self.where())
 
     def pruned(self, kept: Mapping, dtype: torch.dtype = torch.float32) -> Streamable:
-        """The model of the layers and units that stay, its weights cut from the original's as they are read."""
+        """The model of the layers and units that stay, its weights cut from the original's as they are read.
+
+        Those that were refitted are read instead; until then added biases are zero.
+        """
         source, layers = self.shape.source, self.shape.layers
         trust = {"trust_remote_code": source.trust_remote_code}
         model = build_skeleton(depth.shortened_config(source.config, layers), **trust)
@@ -71,7 +76,12 @@ class Job:
             Named(original, Stored.of(source.folder)), depth.original_names(self.graph, layers, model.state_dict())
         )
         narrow_(model, self.graph, kept)
-        return opened(model, Cut(whole, self.graph, kept), self.graph, dtype=dtype, **self.where())
+        add_biases_(model, added := self.plan(kept, 16).added_biases)
+        zeros = {f"{name}.bias": model.get_submodule(name).bias.shape for name in added}
+        refitted = Stored(sorted(self.refitted.glob("*.safetensors")) if self.refitted else [])
+        tensors = Replaced(Cut(whole, self.graph, kept), Zeros(zeros), zeros)
+        tensors = Replaced(tensors, refitted, refitted.places)
+        return opened(model, tensors, self.graph, dtype=dtype, **self.where())
 
     def where(self) -> dict:
         device = "cuda" if torch.cuda.is_available() and not self.prepared.in_memory else "cpu"
@@ -103,7 +113,9 @@ class Job:
 
     def inputs(self, **facts) -> dict:
         """What a stage depends on: the version, the model and the seed, which all do, and `facts`."""
+        refitted = {} if self.refitted_from is None else {"refitted": self.refitted_from}
         return {
+            **refitted,
             "qpruner": __version__,
             "model": self.prepared.weights_digest,
             "architecture": self.shape.source.digest,

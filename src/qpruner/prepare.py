@@ -16,7 +16,7 @@ from qpruner.model.corpus import Corpus, Windows
 from qpruner.model.pystdlib import BUNDLED_NAME
 from qpruner.model.residual import fault_of
 from qpruner.model.skeleton import build_skeleton
-from qpruner.model.surgery import narrow_
+from qpruner.model.surgery import add_biases_, narrow_
 from qpruner.plan import UNITS_BYTES, Budget
 from qpruner.recipe import Recipe
 from qpruner.shape import Shape, any_layers, forecast_for, layers_for, needs_all_in_memory, shape_of, widths_for
@@ -51,6 +51,20 @@ def check_residual(shape: Shape, recipe: Recipe) -> None:
             f"recipe {recipe.name!r} prunes channels of the hidden states, and {shape.source.name!r} does not run with "
             f"half of them: {fault.splitlines()[0]}. Leave 'residual' out of `units`."
         )
+
+
+def check_reconstruction(shape: Shape, recipe: Recipe, counts: widths.Counts) -> None:
+    """Refuse least squares where two models cannot walk side by side, and biases that a layer would not look at."""
+    if recipe.reconstruction == "none":
+        return
+    if shape.graph.exchanges:
+        raise RecipeError(
+            f"recipe {recipe.name!r} refits linears layer by layer, and the layers of {shape.source.name!r} cannot run "
+            f"one at a time: {shape.graph.exchanges[0]}. Set reconstruction to none."
+        )
+    added = shape.plan(recipe, widths.first_units(shape.graph, counts), recipe.bits[0]).added_biases
+    config = depth.shortened_config(shape.source.config, shape.layers)
+    add_biases_(build_skeleton(config, trust_remote_code=shape.source.trust_remote_code), added)
 
 
 def limit_of(budget: Budget, source: load.Source) -> int:
@@ -144,6 +158,7 @@ def prepare(
     fewer = any_layers(shape, recipe, limit)
     check_residual(fewer, recipe)
     counts = widths_for(fewer, recipe, limit)
+    check_reconstruction(fewer, recipe, counts)
     tokenizer = load.load_tokenizer(source)
     texts = choose_texts(source.name, calibration, search_text, evaluation)
     length = min(recipe.window, source.context_length or recipe.window)

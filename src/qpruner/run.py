@@ -2,7 +2,7 @@
 
     OUT.run/
       stages.json       for each finished stage: digest of its inputs, its file and that file's digest, seconds
-      measurements/     one .json or .safetensors file per stage
+      measurements/     one .json or .safetensors file per stage, or a folder of them
       trials.jsonl      one line per trial of the search, written as it ends
       events.jsonl      what happened when
 
@@ -14,7 +14,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from qpruner.errors import OutputError
-from qpruner.files import file_digest, replacing, write_text
+from qpruner.files import copy, file_digest, replacing, write_text
 from qpruner.model.memory import peak_bytes
 
 
@@ -73,6 +72,15 @@ class Run:
             stage, inputs, compute, ".safetensors", lambda path, value: save_file(value, path), load_file
         )
 
+    def files(self, stage: str, inputs: Mapping, compute: Callable[[Path], None]) -> Path:
+        """A folder that `compute` puts files into, likewise: for what may not fit in memory all at once."""
+
+        def write(path: Path, value: None) -> None:
+            path.mkdir()
+            compute(path)
+
+        return self._stage(stage, inputs, lambda: None, "", write, lambda path: path)
+
     def event(self, what: str, **facts: Any) -> None:
         with (self.folder / "events.jsonl").open("a") as file:
             file.write(json.dumps({"time": time.time(), "event": what, **facts}) + "\n")
@@ -87,9 +95,9 @@ class Run:
         if not self._holds(stage, inputs_digest, path):
             start = time.monotonic()
             common = self.shared and self.shared / f"{inputs_digest}{suffix}"
-            if common and common.is_file():
+            if common and common.exists():
                 with replacing(path) as temporary:
-                    shutil.copyfile(common, temporary)
+                    copy(common, temporary)
             else:
                 value = compute()
                 with replacing(path) as temporary:
@@ -97,7 +105,7 @@ class Run:
                 if common:
                     self.shared.mkdir(parents=True, exist_ok=True)
                     with replacing(common) as temporary:
-                        shutil.copyfile(path, temporary)
+                        copy(path, temporary)
             seconds = time.monotonic() - start
             self.stages[stage] = {"inputs": inputs_digest, "digest": file_digest(path), "seconds": round(seconds, 3)}
             write_text(self._file, json.dumps(self.stages, indent=1) + "\n")
@@ -108,7 +116,7 @@ class Run:
     def _holds(self, stage: str, inputs_digest: str, path: Path) -> bool:
         entry = self.stages.get(stage)
         return bool(
-            entry and entry["inputs"] == inputs_digest and path.is_file() and file_digest(path) == entry["digest"]
+            entry and entry["inputs"] == inputs_digest and path.exists() and file_digest(path) == entry["digest"]
         )
 
 

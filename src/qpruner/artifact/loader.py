@@ -19,7 +19,7 @@ from qpruner.model.discover import discover
 from qpruner.model.graph import Graph
 from qpruner.model.packed import PackedLinear
 from qpruner.model.skeleton import build_skeleton
-from qpruner.model.surgery import narrow_
+from qpruner.model.surgery import add_biases_, narrow_
 from qpruner.plan import Plan
 
 WEIGHTS, ADAPTER, PLAN, MANIFEST = "model.safetensors", "adapter", "plan.json", "manifest.json"
@@ -78,6 +78,7 @@ def shell(folder: Path, config: QPrunerConfig, *, trust_remote_code: bool = Fals
     graph = discover(model)
     check_plan(plan, graph)
     narrow_(model, graph, plan.kept)
+    add_biases_(model, plan.added_biases)
     put_packed_(model, plan)
     return model, graph
 

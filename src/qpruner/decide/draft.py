@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from qpruner.model.cost import kept_shapes
 from qpruner.model.graph import Graph
-from qpruner.plan import Plan, QuantSpec
+from qpruner.model.surgery import bereft
+from qpruner.plan import Plan, QuantSpec, Reconstruction
 from qpruner.recipe import Recipe
 
 INPUTS_PER_RANK = 32  # of a linear's smaller side: keeps adapters small beside narrow layers
@@ -29,11 +30,17 @@ def draft(
     if recipe.adapter_rank and begun:
         for name, dims in kept_shapes(graph, kept).items():
             ranks[name] = max(1, min(recipe.adapter_rank, min(dims) // INPUTS_PER_RANK))
+    settings = None
+    if recipe.reconstruction != "none":
+        settings = Reconstruction(method=recipe.reconstruction, dampings=recipe.dampings, held_out=recipe.held_out)
+    added = bereft(graph, kept) if settings and recipe.added_biases else {}
     return Plan(
         model_name=model_name,
         model_digest=model_digest,
         layers=layers,
         kept={name: tuple(units) for name, units in kept.items()},
+        reconstruction=settings,
+        added_biases=tuple(name for name, site in added.items() if not site.bias),
         specs=dict(specs),
         adapter_ranks=ranks,
         adapters=recipe.adapters,

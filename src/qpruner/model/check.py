@@ -14,6 +14,9 @@ def check_plan(plan: Plan, graph: Graph) -> None:
     check_kept(graph, plan.kept, origin=origin)
     _check_names(plan.specs, graph.linears, origin, "linear", "needs a spec, of 16 bits where it stays as it is")
     _check_known(plan.adapter_ranks, graph.linears, origin, "linear")
+    _check_known(plan.added_biases, graph.linears, origin, "linear")
+    if biased := [name for name in plan.added_biases if graph.linears[name].bias]:
+        raise PlanError(f"{origin} adds a bias to {listed(biased)}, which has one. Leave it out of added_biases.")
     if wrong := [name for name, rank in plan.adapter_ranks.items() if rank < 1]:
         raise PlanError(
             f"{origin} gives an adapter of rank below 1 to {listed(wrong)}. Ranks start at 1; leave out a linear "

@@ -155,6 +155,8 @@ def stored_tensors(
             stored |= {f"{name}.{part}": t for part, t in weight_tensors(d_out, d_in, spec, dtype).items()}
         if bias in stored:
             stored[bias] = (stored[bias][0], (d_out,))
+        elif name in plan.added_biases:
+            stored[bias] = (dtype, (d_out,))
     for name, stack in graph.stacks.items():
         d_out, d_in = shapes[name]
         check_shape(tensors, name, stored_shape(stack, stack.d_out, stack.d_in))
@@ -187,6 +189,7 @@ def check_names(graph: Graph, plan: Plan) -> None:
         ("group", plan.kept, graph.groups),
         ("linear", plan.specs, graph.linears),
         ("linear", plan.adapter_ranks, graph.linears),
+        ("linear", plan.added_biases, graph.linears),
     ):
         if strangers := sorted(set(planned) - set(known)):
             raise PlanError(

@@ -29,6 +29,8 @@ LOGIT_COPIES = 5  # float32 logits, shifted, log-probabilities, gradients; or th
 LOFTQ_COPIES = 14  # of the largest matrix in float32: itself, rounded, error, factors of its decomposition
 FORWARD_COPIES, BACKWARD_COPIES = 1.5, 3.0  # of what goes in and out of a layer's linears
 TRAINING_COPIES = 2  # the same in every layer, with what dropout and adapters keep
+REFIT_TOKENS = 2048  # that go through a layer at once while linears are refitted
+REFIT_SQUARES, REFIT_PRODUCTS = 5, 7  # moments of two parts, what is solved and its factor; what is solved for
 ARENA, LIBRARIES = 96 * 2**20, 256 * 2**20  # what the allocator keeps besides; peft, the trainer and botorch
 
 
@@ -48,6 +50,7 @@ class Work:
     measures_influence: bool  # of whole layers
     whole_bytes: int | None  # of the pruned model in memory with its candidates and adapters, where a stage needs that
     training_tokens: int  # in one batch
+    refits: tuple[int, int] | None = None  # (d_out, inputs that are left) of the largest linear that is refitted
 
 
 @dataclass(frozen=True)
@@ -119,11 +122,13 @@ def forecast(
     arrays = 2 if work.score in FORWARD_SCORES + WEIGHT_SCORES else sizes.n_layers + 3
     back = math.prod(work.calibration) * hidden_size * item * arrays
     there = work.judged_windows * work.judged[1] * hidden_size * item * 4  # two of either model, for the divergence
-    return Forecast(streamed, False, limit, disk=max(back, there))
+    side_by_side = math.prod(work.calibration) * hidden_size * item * 4 + 2 * 2 * sizes.all if work.refits else 0
+    return Forecast(streamed, False, limit, disk=max(back, there, side_by_side))
 
 
 WHOLE = "search and recovery"
 LESS = {  # what takes less memory, by stage
+    "reconstruction": "set reconstruction to none: two layers and the moments of their widest linear are in memory",
     "importance": "use shorter windows, or the score `vector`, which keeps no gradient of a weight",
     WHOLE: "use a recipe that never needs the whole pruned model at once: [allocation=mutual-information,steps=0]",
 }
@@ -157,6 +162,12 @@ def stages_of(sizes: Sizes, work: Work, hidden_size: int, *, resident: bool) -> 
         stages["mutual information"] = max(forward, tail) + sizes.n_units * min(n_windows, 32) * 256 * 64 * 4
     if work.quantizes and work.whole_bytes is None:
         stages["quantizing"] = weights * 4 // item + LOFTQ_COPIES * sizes.matrix * 4
+    if work.refits is not None:
+        d_out, k = work.refits
+        both = 2 * weights + (sizes.all * 2 if resident else 0)  # refitted weights wait in memory, or on disk
+        through = FORWARD_COPIES * max(window, REFIT_TOKENS) * (sizes.widths * item + 4 * (d_out + k))
+        solving = 8 * (REFIT_SQUARES * k * k + REFIT_PRODUCTS * k * d_out)
+        stages["reconstruction"] = both + through + solving + states(4)
     if work.whole_bytes is not None:
         training = work.training_tokens * 4 * (TRAINING_COPIES * sizes.all_widths + LOGIT_COPIES * work.vocabulary)
         stages[WHOLE] = work.whole_bytes + LIBRARIES + max(training, LOFTQ_COPIES * sizes.matrix * 4)

@@ -92,7 +92,7 @@ class Stream:
         """
         walk = _Walk(self, ids, scratch, batch_size, on_layer, n_steps=self.n_layers)
         walk.forward(watch or _unwatched, keep_inputs=False)
-        return Results(scratch, tuple(f"forward-{i}" for i in range(self.n_layers)))
+        return self.results(scratch)
 
     def logits(self, ids: Tensor, scratch: Scratch, *, batch_size: int = 1) -> Iterator[Tensor]:
         """Logits of every batch, (batch, length, vocabulary), after `forward` with the same arguments."""
@@ -126,6 +126,16 @@ class Stream:
             walk.backward(watch or _unwatched)
         return Results(scratch, tuple(f"backward-{i}" for i in range(self.n_layers)))
 
+    def steps(
+        self, ids: Tensor, scratch: Scratch, *, batch_size: int = 1, on_layer: OnLayer | None = None
+    ) -> Iterator["Step"]:
+        """`forward` by hand, so that two models can walk side by side: the layers that are not finished, in order."""
+        yield from _Walk(self, ids, scratch, batch_size, on_layer, n_steps=self.n_layers).steps()
+
+    def results(self, scratch: Scratch) -> Results:
+        """Of a walk whose steps are all finished."""
+        return Results(scratch, tuple(f"forward-{i}" for i in range(self.n_layers)))
+
     def layers(self, order: Sequence[int] | None = None) -> Iterator[tuple[int, nn.Module]]:
         """Decoder layers in turn, all of them or those named, each with its weights."""
         yield from self._residence.layers(range(self.n_layers) if order is None else order)
@@ -148,17 +158,17 @@ class _Walk:
         self._arguments: list[list[Arguments]] = []  # of every batch, of every layer
 
     def forward(self, watch: Watch, *, keep_inputs: bool) -> None:
+        for step in self.steps():
+            with watch(step.index) as result, torch.no_grad():
+                step.pass_all_on()
+                step.finish(result(), keep_input=keep_inputs)
+
+    def steps(self) -> Iterator["Step"]:
         order = [i for i in range(self._n_layers) if not self._scratch.finished(f"forward-{i}")]
         self._set_out(write=len(order) == self._n_layers)
         self._done = self._n_layers - len(order)
-        for i, _ in self._residence.layers(order):
-            with watch(i) as result, torch.no_grad():
-                for b, (first, rows) in enumerate(self._batches):
-                    hidden = self._get(f"hidden-{i}", first, len(rows))
-                    self._scratch.put(f"hidden-{i + 1}", first, self._run(i, b, hidden))
-                self._finish(f"forward-{i}", result())
-            if not keep_inputs:
-                self._scratch.drop(f"hidden-{i}")
+        for i, layer in self._residence.layers(order):
+            yield Step(self, i, layer)
 
     def loss(self) -> None:
         """The gradient of each window's loss at what the last layer returns."""
@@ -212,6 +222,37 @@ class _Walk:
             seconds = max(time.monotonic() - self._start, 1e-9)
             read = self._tensors.bytes_read - self._read_before
             self._on_layer(self._done, self._n_steps, Pace(self._tokens / seconds, read / seconds))
+
+
+class Step:
+    """One layer of a walk by hand, with its weights in memory: batches go through it as often as it takes. Final.
+
+    index: of the layer. Once all batches were passed on, `finish` lets go of what came in.
+    """
+
+    def __init__(self, walk: _Walk, index: int, layer: nn.Module):
+        self._walk, self.index, self.layer = walk, index, layer
+        self.batches = walk._batches  # number of the first window, token ids
+
+    def run(self, b: int) -> Tensor:
+        """What the layer returns for batch number b, (batch, length, width). It may be changed by then."""
+        first, rows = self.batches[b]
+        with torch.no_grad():
+            return self._walk._run(self.index, b, self._walk._get(f"hidden-{self.index}", first, len(rows)))
+
+    def pass_on(self, b: int, hidden: Tensor) -> None:
+        """What the next layer gets for batch number b."""
+        self._walk._scratch.put(f"hidden-{self.index + 1}", self.batches[b][0], hidden)
+
+    def pass_all_on(self) -> None:
+        for b in range(len(self.batches)):
+            self.pass_on(b, self.run(b))
+
+    def finish(self, result: Mapping[str, Tensor], *, keep_input: bool = False) -> None:
+        """Keep the layer's result; a walk with the same scratch goes on after it."""
+        self._walk._finish(f"forward-{self.index}", result)
+        if not keep_input:
+            self._walk._scratch.drop(f"hidden-{self.index}")
 
 
 def batches(ids: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:

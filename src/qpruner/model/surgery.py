@@ -5,7 +5,7 @@ arguments that carry a value per head.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from inspect import isfunction, signature, unwrap
 
 import torch
@@ -83,6 +83,32 @@ def narrow_(model: nn.Module, graph: Graph, kept: Mapping[str, Sequence[int]]) -
     _cut_(model, graph, cuts_of(graph, kept))
 
 
+def add_biases_(model: nn.Module, names: Iterable[str]) -> None:
+    """A bias for linears that have none, where their weights are; its values are left to whoever fills the model.
+
+    Raises:
+        ModelError: a layer of another kind, which would not look at it, or one that has a bias.
+    """
+    for name in names:
+        linear = model.get_submodule(name)
+        if type(linear).forward is not nn.Linear.forward or linear.bias is not None:
+            raise ModelError(
+                f"{name!r} is a {type(linear).__name__}, and biases are added to an nn.Linear without one. Set "
+                "added_biases to false."
+            )
+        weight = linear.weight
+        linear.bias = nn.Parameter(
+            torch.empty(len(weight), dtype=weight.dtype, device=weight.device), weight.requires_grad
+        )
+
+
+def refill_(linear: nn.Module, **tensors: Tensor) -> None:
+    """Other values for the weight, as the module stores it, or the bias of a linear."""
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            getattr(linear, name).copy_(tensor)
+
+
 def modules_of(group: Group) -> list[str]:
     """Paths of the modules that call the linears of a group: those that hold one, up to the one that holds all."""
     found = {}
@@ -115,6 +141,12 @@ def remaining(graph: Graph, kept: Mapping[str, Sequence[int]]) -> dict[str, tupl
         for name in sites
         if name in rows or name in columns
     }
+
+
+def bereft(graph: Graph, kept: Mapping[str, Sequence[int]]) -> dict[str, LinearSite]:
+    """The linears that lose inputs, in the model's order."""
+    cut = remaining(graph, kept)
+    return {n: site for n, site in graph.linears.items() if n in cut and len(cut[n][1]) < site.d_in}
 
 
 def _matrices(site: LinearSite | Stack) -> int:

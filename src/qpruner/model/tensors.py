@@ -4,6 +4,7 @@
     Renamed  under other names
     Named    of a model: renamed and joined as transformers does when it loads the folder
     Cut      with the rows and columns removed that a plan removes
+    Replaced with some of them taken from elsewhere
 
 Files are read, not mapped: pages of a mapped file count as memory of the process.
 """
@@ -172,6 +173,32 @@ class Cut:
 
     def read(self, name: str) -> Tensor:
         return cut_tensor(self._whole.read(name), self._cuts.get(name, ()))
+
+
+class Replaced:
+    """Tensors of which those that `others` has are taken from there; they may be new."""
+
+    def __init__(self, tensors: Tensors, others: Tensors, names: Iterable[str]):
+        self._tensors, self._others, self._names = tensors, others, frozenset(names)
+
+    @property
+    def bytes_read(self) -> int:
+        return self._tensors.bytes_read + self._others.bytes_read
+
+    def read(self, name: str) -> Tensor:
+        return (self._others if name in self._names else self._tensors).read(name)
+
+
+class Zeros:
+    """Tensors that nothing is known of yet, by their shapes."""
+
+    bytes_read = 0
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]]):
+        self._shapes = shapes
+
+    def read(self, name: str) -> Tensor:
+        return torch.zeros(tuple(self._shapes[name]))
 
 
 def write_safetensors(path: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -1,0 +1,336 @@
+"""Linears refitted behind a pruned prefix: what may not cost anything, and what may not change the result."""
+
+import math
+
+import pytest
+import torch
+from tiny import tiny
+from tiny_stream import streamed
+from torch import nn
+
+from qpruner.do import reconstruct as module
+from qpruner.do.junction import Junction
+from qpruner.do.reconstruct import FACTS, facts_of, reconstruct
+from qpruner.errors import ModelError, PlanError
+from qpruner.model.check import check_plan
+from qpruner.model.depth import original_names, shortened, shortened_config
+from qpruner.model.discover import discover
+from qpruner.model.scratch import Scratch
+from qpruner.model.skeleton import build_skeleton
+from qpruner.model.stream import Stream
+from qpruner.model.surgery import add_biases_, bereft, narrow_, remaining
+from qpruner.model.tensors import Cut, Renamed, Replaced, Zeros
+from qpruner.plan import DENSE, Plan, Reconstruction
+from qpruner.testing.tiny import Held
+
+IDS = torch.randint(2, 61, (8, 12), generator=torch.Generator().manual_seed(0))
+FAMILIES = {
+    "llama": {},
+    "gpt2": {},
+    "gpt_neox": {},
+    "opt": {},
+    "mixtral": dict(num_local_experts=4, num_experts_per_tok=2),
+}
+LEAST_SQUARES = Reconstruction(method="least-squares", dampings=(1e-4, 1e-2, 1.0), held_out=0.25)
+
+
+def plan_for(graph, kept, settings=LEAST_SQUARES, *, added: bool = False, layers=None) -> Plan:
+    names = [n for n, s in bereft(graph, kept).items() if not s.bias] if added else []
+    return Plan(
+        model_name="m", model_digest="", layers=layers, kept=kept, reconstruction=settings, added_biases=names,
+        specs=dict.fromkeys(graph.linears, DENSE),
+    )  # fmt: skip
+
+
+def kept_of(graph, fraction: float = 0.5) -> dict:
+    """Of every group of a layer the first part; query heads stay with their groups."""
+    prunable = lambda g: g.kind in ("kv_group", "channel")
+    n = lambda g: max(1, int(fraction * g.n_units / g.n_blocks)) if prunable(g) else g.n_units // g.n_blocks
+    return {
+        name: tuple(u for u in range(g.n_units) if u % (g.n_units // g.n_blocks) < n(g))
+        for name, g in graph.groups.items()
+    }
+
+
+class Pruned:
+    """A model, what a plan makes of it, and its reconstruction in float64."""
+
+    def __init__(self, model, plan: Plan, graph=None, **how):
+        self.model, self.plan, self.how = model, plan, how
+        self.graph = graph or discover(model)
+        self.config, self.names = model.config, {}  # another one where layers go, and names in the original
+
+    def stream(self, results=()) -> Stream:
+        skeleton = build_skeleton(self.config)
+        skeleton.config._experts_implementation = "eager"
+        narrow_(skeleton, self.graph, self.plan.kept)
+        add_biases_(skeleton, self.plan.added_biases)
+        biases = {f"{n}.bias": (self.graph.linears[n].d_out,) for n in self.plan.added_biases}
+        tensors = Replaced(
+            Cut(Renamed(Held(self.model), self.names), self.graph, self.plan.kept), Zeros(biases), biases
+        )
+        found = {n: t for result in results for n, t in result.items() if not n.startswith(FACTS)}
+        return Stream(skeleton, Replaced(tensors, Given(found), found), dtype=torch.float64, **self.how)
+
+    def results(self, scratches=None, **options):
+        original = streamed(self.model, **self.how)
+        original.model.config._experts_implementation = "eager"
+        return reconstruct(
+            original, self.stream(), self.graph, self.plan, IDS, dtype=torch.float64,
+            scratches=scratches or (Scratch(), Scratch()), **options,
+        )  # fmt: skip
+
+    def logits(self, results=()):
+        with torch.no_grad():
+            return self.stream(results).loaded()(IDS).logits
+
+
+def tensors_of(config) -> list[str]:
+    return list(build_skeleton(config).state_dict())
+
+
+class Given(dict):
+    bytes_read = 0
+
+    def read(self, name: str) -> torch.Tensor:
+        return self[name]
+
+
+def flat(results) -> dict:
+    return {name: tensor for result in results for name, tensor in result.items()}
+
+
+def rows_of(results) -> list[dict]:
+    return [row for i, result in enumerate(results) for row in facts_of(i, result)]
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def with_doubles(model, graph) -> None:
+    """Every unit of the second half of a group that goes by halves becomes a double of one in the first."""
+    state = model.state_dict()
+    for group in graph.groups.values():
+        if group.kind in ("kv_group", "channel"):
+            half = group.n_units // 2
+            for name, table in group.producers.items():
+                site = graph.linears[name]
+                for key in ("weight", "bias") if site.bias else ("weight",):
+                    tensor = state[f"{name}.{key}"]
+                    rows = tensor.T if site.transposed and key == "weight" else tensor
+                    rows[table[half : 2 * half].flatten()] = rows[table[:half].flatten()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_comes_closer_to_the_original(family):
+    model = tiny(family, **FAMILIES[family])
+    graph = discover(model)
+    pruned = Pruned(model, plan_for(graph, kept_of(graph)), graph)
+    distance = lambda logits: (logits - logits_of(model)).square().mean()
+    assert distance(pruned.logits(pruned.results())) < 0.5 * distance(pruned.logits())
+
+
+def test_hidden_channels_that_are_always_zero_go_at_no_loss():
+    """The norms, which divide by fewer channels then, scale what they give; what reads it makes up for that, but for
+    the head, which is no linear of a layer. Units that nobody reads go too, so linears lose rows as well as columns."""
+    model = tiny("llama", rms_norm_eps=1e-30)
+    graph = discover(model)
+    stay = tuple(u for u in range(24) if u % 6)
+    gone = [u for u in range(24) if u not in stay]
+    model.get_input_embeddings().weight.data[:, gone] = 0
+    for layer in model.model.layers:
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            linear.weight.data[gone] = 0
+            linear.weight.data[:, : linear.in_features // 2] = 0
+    second_half = lambda g: range(g.n_units // 2 if g.kind in ("kv_group", "channel") else 0, g.n_units)
+    kept = {name: tuple(second_half(g)) for name, g in graph.groups.items()} | {"residual": stay}
+    exact = Reconstruction(method="least-squares", dampings=(0.0,), held_out=0.25)
+    pruned = Pruned(model, plan_for(graph, kept, exact), graph)
+    results = pruned.results()
+    assert {row["linear"] for row in rows_of(results)} == set(bereft(graph, kept))
+    torch.testing.assert_close(pruned.logits(results) * (24 / len(stay)) ** 0.5, logits_of(model), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "mixtral"])
+def test_doubles_go_at_no_loss(family):
+    model = tiny(family)
+    graph = discover(model)
+    with_doubles(model, graph)
+    exact = Reconstruction(method="least-squares", dampings=(0.0,), held_out=0.25)
+    pruned = Pruned(model, plan_for(graph, kept_of(graph), exact), graph)
+    assert not torch.allclose(pruned.logits(), logits_of(model), atol=1e-2)
+    torch.testing.assert_close(pruned.logits(pruned.results()), logits_of(model), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_units_that_nobody_reads_go_at_no_loss(family):
+    model = tiny(family)
+    graph = discover(model)
+    kept = kept_of(graph)
+    whole = {name: tuple(range(g.n_units)) for name, g in graph.groups.items()}
+    read, left = (remaining(graph, k) for k in (whole, kept))
+    assert not read
+    for name, (_, columns) in left.items():
+        if len(columns) < graph.linears[name].d_in:
+            weight = model.get_submodule(name).weight.data
+            gone = sorted(set(range(graph.linears[name].d_in)) - set(columns.tolist()))
+            (weight if graph.linears[name].transposed else weight.T)[gone] = 0
+    pruned = Pruned(model, plan_for(graph, kept), graph)
+    torch.testing.assert_close(pruned.logits(pruned.results()), logits_of(model))
+
+
+def test_a_layer_is_paired_with_its_own_where_others_go():
+    """The middle layer does nothing, so it goes at no loss; then only the right targets make the doubles free."""
+    model = tiny("llama")
+    graph = discover(model)
+    with_doubles(model, graph)
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        model.get_submodule(f"model.layers.1.{name}").weight.data.zero_()
+    layers = (0, 2)
+    short, config = shortened(graph, layers), shortened_config(model.config, layers)
+    exact = Reconstruction(method="least-squares", dampings=(0.0,), held_out=0.25)
+    pruned = Pruned(model, plan_for(short, kept_of(short), exact, layers=layers), short)
+    pruned.config, pruned.names = config, original_names(short, layers, tensors_of(config))
+    results = pruned.results()
+    assert len(rows_of(results)) == 4
+    torch.testing.assert_close(pruned.logits(results), logits_of(model), rtol=1e-6, atol=1e-6)
+
+
+# --- one answer, whatever the way ---
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layer_by_layer_from_disk_gives_the_same_bits(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "REFIT_TOKENS", 60)  # five windows together: one batch lies on both sides of the border
+    model = tiny(family, **FAMILIES[family])
+    graph = discover(model)
+    plan = plan_for(graph, kept_of(graph), added=True)
+    resident = flat(Pruned(model, plan, graph, resident=True).results())
+    scratches = Scratch(tmp_path / "theirs"), Scratch(tmp_path / "ours")
+    streamed_ = flat(Pruned(model, plan, graph).results(scratches))
+    assert resident.keys() == streamed_.keys() and len(resident) >= 3
+    for name, tensor in resident.items():
+        torch.testing.assert_close(streamed_[name], tensor, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_size_of_batches_does_not_matter(monkeypatch):
+    found = []
+    model = tiny("llama")
+    graph = discover(model)
+    for tokens in (12, 60, 10**4):
+        monkeypatch.setattr(module, "REFIT_TOKENS", tokens)
+        found.append(flat(Pruned(model, plan_for(graph, kept_of(graph)), graph).results()))
+    for other in found[1:]:
+        for name, tensor in found[0].items():
+            torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-7, equal_nan=True)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("layers", [None, (0, 2)])
+def test_it_goes_on_after_the_last_finished_layer(at, layers, tmp_path):
+    model = tiny("llama")
+    graph = shortened(discover(model), layers)
+    pruned = Pruned(model, plan_for(graph, kept_of(graph), layers=layers), graph)
+    if layers:
+        pruned.config = shortened_config(model.config, layers)
+        pruned.names = original_names(graph, layers, tensors_of(pruned.config))
+    n_layers = len(layers or range(3))
+
+    def kill(done, total, pace):
+        if done == at:
+            raise Killed
+
+    scratches = lambda: (Scratch(tmp_path / "theirs"), Scratch(tmp_path / "ours"))
+    with pytest.raises(Killed):
+        pruned.results(scratches(), on_layer=kill)
+    seen = []
+    again = flat(pruned.results(scratches(), on_layer=lambda done, total, pace: seen.append(done)))
+    assert seen == list(range(at + 1, n_layers + 1))
+    for name, tensor in flat(pruned.results()).items():
+        torch.testing.assert_close(again[name], tensor, rtol=0, atol=0, equal_nan=True)
+
+
+# --- biases ---
+
+
+def test_without_biases_infinite_damping_changes_nothing():
+    model = tiny("llama")
+    graph = discover(model)
+    infinite = Reconstruction(method="least-squares", dampings=(math.inf,), held_out=0.25)
+    results = Pruned(model, plan_for(graph, kept_of(graph), infinite), graph).results()
+    assert all(name.startswith(FACTS) for name in flat(results))
+    assert {row["choice"] for row in rows_of(results)} == {"sliced"}
+
+
+@pytest.mark.parametrize("family, added", [("opt", False), ("gpt2", False), ("llama", True)])
+def test_a_bias_alone_is_flap(family, added):
+    """Of the first linear, whose inputs are still those of the original: b + W times the mean of the inputs that go."""
+    model = tiny(family)
+    graph = discover(model)
+    plan = plan_for(graph, kept_of(graph), Reconstruction(method="bias", dampings=(), held_out=0.25), added=added)
+    found = flat(Pruned(model, plan, graph).results())
+    name = next(iter(bereft(graph, plan.kept)))
+    site, linear = graph.linears[name], model.get_submodule(name)
+    gone = sorted(set(range(site.d_in)) - set(remaining(graph, plan.kept)[name][1].tolist()))
+    inputs = []
+    with linear.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2))):
+        logits_of(model)
+    W = (linear.weight.T if site.transposed else linear.weight).data
+    bias = 0 if linear.bias is None else linear.bias.data
+    torch.testing.assert_close(found[f"{name}.bias"], bias + W[:, gone] @ inputs[0][:, gone].mean(0))
+    assert not any(n.endswith(".weight") and not n.startswith(FACTS) for n in found)
+
+
+class Deaf(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+def test_a_bias_is_added_to_a_plain_linear_without_one():
+    opt = tiny("opt")
+    with pytest.raises(ModelError, match="'model.decoder.layers.0.fc2' is a Linear, and biases are added to"):
+        add_biases_(opt, ["model.decoder.layers.0.fc2"])
+    llama, name = tiny("llama"), "model.layers.0.mlp.down_proj"
+    llama.set_submodule(name, Deaf(40, 24, bias=False))
+    with pytest.raises(ModelError, match="is a Deaf, and biases are added to an nn.Linear without one"):
+        add_biases_(llama, [name])
+    graph = discover(opt)
+    plan = plan_for(graph, {name: tuple(range(g.n_units)) for name, g in graph.groups.items()})
+    plan = plan.model_copy(update={"added_biases": ("model.decoder.layers.0.fc2",)})
+    with pytest.raises(PlanError, match="adds a bias to 'model.decoder.layers.0.fc2', which has one"):
+        check_plan(plan, graph)
+
+
+# --- junctions ---
+
+
+@pytest.mark.parametrize(
+    "family, attention, mlp",
+    [
+        ("llama", "post_attention_layernorm", ""),
+        ("gpt2", "ln_2", ""),
+        ("opt", "final_layer_norm", ""),
+        ("gpt_neox", "", ""),  # attention and MLP join the same sum
+        ("gemma2", None, None),  # a norm between the linear and the sum
+    ],
+)
+def test_where_linears_join_the_hidden_states(family, attention, mlp):
+    model = tiny(family, **(dict(head_dim=8) if family == "gemma2" else {}))
+    graph = discover(model)
+    names = [
+        n.removeprefix(f"{graph.layers[0]}.") for n in bereft(graph, kept_of(graph)) if n.startswith(graph.layers[0])
+    ]
+    walk = streamed(model).steps(IDS, Scratch())
+    step = next(walk)
+    junctions = [Junction.find(step, inner) for inner in names]
+    assert [j.place for j in junctions] == [attention, mlp]
+    if mlp == "":
+        others = names[:-1] if attention == "" else []
+        seen, beside = junctions[-1].look(step, 0, others), [junctions[0].look(step, 0).Y for _ in others]
+        torch.testing.assert_close(seen.Y + seen.rest + sum(beside), step.run(0).flatten(0, -2))
