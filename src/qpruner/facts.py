@@ -224,7 +224,7 @@ def manifest_of(prepared: Prepared, decided: Decided, measured: Measured, reques
         "evaluation": {
             "original": loss(measured.original),
             "artifact": loss(measured.artifact),
-            "kl": measured.artifact["kl"],
+            **{part: measured.artifact[part] for part in ("kl",) if part in measured.artifact},
         },
     }
 

@@ -52,7 +52,7 @@ class Chart:
 
 def charts(facts: Facts) -> "dict[str, Figure]":
     """A figure for every chart whose facts are there, in the order of `CHARTS`."""
-    _plotly()
+    require_plotly()
     return {name: chart.draw(facts) for name, chart in CHARTS.items() if chart.present(facts)}
 
 
@@ -61,7 +61,7 @@ def absent(facts: Facts) -> dict[str, str]:
     return {name: chart.missing for name, chart in CHARTS.items() if not chart.present(facts)}
 
 
-def _plotly():
+def require_plotly():
     try:
         import plotly.graph_objects
         import plotly.subplots
@@ -72,10 +72,10 @@ def _plotly():
     return plotly
 
 
-def _figure(height: int, rows: int = 1, **subplots) -> "Figure":
-    plotly = _plotly()
-    figure = plotly.subplots.make_subplots(rows=rows, cols=1, **subplots)
-    figure.update_annotations(x=0, xanchor="left", font=dict(color=MUTED, size=12))
+def blank_figure(height: int, rows: int = 1, cols: int = 1, **subplots) -> "Figure":
+    plotly = require_plotly()
+    figure = plotly.subplots.make_subplots(rows=rows, cols=cols, **subplots)
+    figure.update_annotations(font=dict(color=MUTED, size=12), **(dict(x=0, xanchor="left") if cols == 1 else {}))
     above = (26 if subplots.get("subplot_titles") else 6) / (height - 100)  # the legend stands over a panel's title
     figure.update_layout(
         template=plotly.graph_objects.layout.Template(),
@@ -110,7 +110,7 @@ def _text(name: str) -> str:
 
 
 def _draw_sizes(facts: Facts) -> "Figure":
-    sizes, figure = facts.sizes, _figure(300)
+    sizes, figure = facts.sizes, blank_figure(300)
     whole = {"16-bit original": sizes.original_16bit, "asked": sizes.asked, "predicted": sizes.predicted}
     figure.add_bar(
         name="whole",
@@ -148,7 +148,7 @@ def _draw_sizes(facts: Facts) -> "Figure":
 def _draw_plan(facts: Facts) -> "Figure":
     labels = list(dict.fromkeys(label(p.name) for p in facts.projections))
     heights = [110, 110, 26 * len(labels) + 20] if labels else [110, 110]
-    figure = _figure(
+    figure = blank_figure(
         sum(heights) + 190,
         rows=len(heights),
         shared_xaxes=True,
@@ -225,7 +225,7 @@ def _legend_square(figure: "Figure", name: str, colour: str, pattern: str = "") 
 
 def _draw_importance(facts: Facts) -> "Figure":
     kinds = [kind for kind in KINDS if any(g.kind == kind for g in facts.importance)]
-    figure = _figure(
+    figure = blank_figure(
         110 + 270 * len(kinds), rows=len(kinds), vertical_spacing=0.16, subplot_titles=[KINDS[k] for k in kinds]
     )
     layers = sorted({g.layer for g in facts.importance})
@@ -272,7 +272,7 @@ def _spread(rows) -> tuple[list[str], dict[int, float]]:
 
 
 def _draw_information(facts: Facts) -> "Figure":
-    rows, figure = facts.information, _figure(380)
+    rows, figure = facts.information, blank_figure(380)
     labels, place = _spread(rows)
     at = [place[i] for i in range(len(rows))]
     figure.add_scatter(
@@ -325,7 +325,7 @@ def _draw_sensitivities(facts: Facts) -> "Figure":
     value = {(label(r.unit), r.layer, r.bits): r.nats for r in rows}
     panel = 26 * len(labels) + 20
     height = 130 + (panel + 44) * len(widths)
-    figure = _figure(
+    figure = blank_figure(
         height,
         rows=len(widths),
         shared_xaxes=True,
@@ -388,7 +388,7 @@ def _ring_chosen(figure: "Figure", facts: Facts, x: Callable) -> None:
 
 
 def _draw_search(facts: Facts) -> "Figure":
-    figure = _figure(380)
+    figure = blank_figure(380)
     figure.add_scatter(
         name="best so far",
         mode="lines",
@@ -404,7 +404,7 @@ def _draw_search(facts: Facts) -> "Figure":
 
 
 def _draw_pareto(facts: Facts) -> "Figure":
-    figure = _figure(400)
+    figure = blank_figure(400)
     front = sorted((t for t in facts.search.trials if t.number in facts.search.front), key=lambda t: t.size_bytes)
     figure.add_scatter(
         name="Pareto front",
@@ -426,7 +426,7 @@ def _draw_pareto(facts: Facts) -> "Figure":
 
 
 def _draw_recovery(facts: Facts) -> "Figure":
-    recovery, figure = facts.recovery, _figure(360)
+    recovery, figure = facts.recovery, blank_figure(360)
     steps, losses = [p.step for p in recovery.curve], [p.loss for p in recovery.curve]
     half = len(losses) // 20
     figure.add_scatter(
@@ -462,7 +462,7 @@ def _draw_recovery(facts: Facts) -> "Figure":
 
 
 def _draw_loftq(facts: Facts) -> "Figure":
-    starts, figure = facts.recovery.starts, _figure(360)
+    starts, figure = facts.recovery.starts, blank_figure(360)
     at = list(range(len(starts)))
     for name, colour, symbol, values in (
         ("rounding alone", ORANGE, "square", [s.plain for s in starts]),
