@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
-from qpruner.report.charts import CHARTS, DARK, KINDS, absent, charts
+from qpruner.report.canvas import DARK, KINDS
+from qpruner.report.charts import CHARTS, absent, charts
 from qpruner.report.facts import Facts, all_warnings, before_after, bytes_text, title
 
 if TYPE_CHECKING:
@@ -81,6 +82,28 @@ def _importance(facts: Facts) -> Numbers:
     )
 
 
+def _fusion(facts: Facts) -> Numbers:
+    fusion = facts.fusion
+    said = [f"taken: {fusion.way}"]
+    said += [f"{way} {loss:.4f}" for way, loss in sorted(fusion.losses.items(), key=lambda item: item[1])]
+    said = [said[0], "losses on the search text: " + ", ".join(said[1:])] if fusion.losses else said
+    rows = [(b.group, KINDS[b.kind], b.way, b.fine) for b in fusion.blend if b.way in ("learned", fusion.way)]
+    return Numbers(_sentence(said), ("group", "kind", "way", "weight of the fine score"), rows)
+
+
+def _reconstruction(facts: Facts) -> Numbers:
+    rows = [
+        (r.linear, r.choice, r.damping, r.condition, r.error_sliced, r.error, r.tokens) for r in facts.reconstruction
+    ]
+    refitted = [r for r in facts.reconstruction if r.choice != "sliced" and r.error_sliced]
+    said = [f"{len(refitted)} of {len(rows)} linears were refitted"]
+    if refitted:
+        gone = sum(1 - r.error / r.error_sliced for r in refitted) / len(refitted)
+        said.append(f"on the mean {gone:.0%} of their squared error is gone")
+    head = ("linear", "choice", "damping", "condition number", "error, sliced", "error, refitted", "tokens")
+    return Numbers(_sentence(said), head, rows)
+
+
 def _information(facts: Facts) -> Numbers:
     rows = [(r.unit, r.nats, r.null_mean, r.null_std, r.z) for r in facts.information]
     most = max(facts.information, key=lambda r: r.nats)
@@ -147,6 +170,8 @@ NUMBERS = {
     "sizes": _sizes,
     "plan": _plan,
     "importance": _importance,
+    "fusion": _fusion,
+    "reconstruction": _reconstruction,
     "information": _information,
     "sensitivities": _sensitivities,
     "search": _search,
@@ -155,7 +180,7 @@ NUMBERS = {
     "loftq": _loftq,
 }
 SECTIONS = (
-    ("What was cut and rounded", ("plan", "importance")),
+    ("What was cut and rounded", ("plan", "importance", "fusion", "reconstruction")),
     ("What the layers carry", ("information", "sensitivities")),
     ("The search", ("search", "pareto")),
     ("Recovery", ("recovery", "loftq")),

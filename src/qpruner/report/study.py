@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
-from qpruner.report.charts import CATEGORICAL, INK, MUTED, blank_figure, require_plotly
+from qpruner.report.canvas import CATEGORICAL, INK, MUTED, blank_figure, require_plotly
 from qpruner.report.page import Numbers, document, drawing, html_table
 
 if TYPE_CHECKING:
