@@ -41,6 +41,17 @@ def short_text(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def small_llama(tmp_path_factory) -> Path:
+    """A folder with a random model that is large enough to prune and to quantize."""
+    from tiny_folder import save, tiny_model
+
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4)
+    heads = dict(num_attention_heads=8, num_key_value_heads=4)
+    model = tiny_model("llama", **sizes, **heads).to(torch.bfloat16)
+    return save(model, tmp_path_factory.mktemp("model") / "tiny", tokenizer=True)
+
+
 @pytest.fixture
 def rand():
     """Seeded float64 normal tensors: `rand(3, 4)`."""

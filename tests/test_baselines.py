@@ -4,10 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from test_compress import QUICK, SMALL, Interrupted, one_layer_at_a_time, weights  # noqa: F401
-from tiny_folder import save, tiny_model
 
 from qpruner import api
 from qpruner.errors import BudgetError
@@ -18,9 +16,8 @@ NAMES = ("wanda-sp", "flap", "shortgpt", "magnitude")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    return save(tiny_model("llama", **SMALL).to(torch.bfloat16), folder, tokenizer=True)
+def model(small_llama) -> Path:
+    return small_llama
 
 
 @pytest.fixture

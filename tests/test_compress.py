@@ -25,9 +25,8 @@ RECIPE = f"qpruner[{QUICK},trials=12]"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    return save(tiny_model("llama", **SMALL).to(torch.bfloat16), folder, tokenizer=True)
+def model(small_llama) -> Path:
+    return small_llama
 
 
 class Interrupted(Exception):

@@ -4,9 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from test_compress import QUICK, SMALL, Interrupted, one_layer_at_a_time, weights  # noqa: F401
-from tiny_folder import save, tiny_model
+from test_compress import QUICK, Interrupted, one_layer_at_a_time, weights  # noqa: F401
 
 from qpruner import api
 from qpruner import recipe as recipes
@@ -17,9 +15,8 @@ PLAIN = f"{QUICK},fusion_steps=6"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    return save(tiny_model("llama", **SMALL).to(torch.bfloat16), folder, tokenizer=True)
+def model(small_llama) -> Path:
+    return small_llama
 
 
 @pytest.fixture

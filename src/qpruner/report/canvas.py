@@ -4,6 +4,7 @@ Figures carry the colours of a light page; `DARK` gives each its counterpart, an
 """
 
 import math
+from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -99,3 +100,27 @@ def legend_square(figure: "Figure", name: str, colour: str, pattern: str = "") -
     figure.add_bar(
         name=name, x=[None], y=[None], marker=dict(color=colour, pattern=dict(shape=pattern)), hoverinfo="skip"
     )
+
+
+def marks_by_linear(
+    linears: Sequence[tuple[str, int]], series: Sequence[tuple[str, str, str, Sequence[float | None]]], y_title: str
+) -> "Figure":
+    """A mark per linear and series, layers along the bottom.
+
+    linears: name and layer, in order. series: name, colour, symbol, a value per linear.
+    """
+    figure, at = blank_figure(360), list(range(len(linears)))
+    for name, colour, symbol, values in series:
+        figure.add_scatter(
+            name=name,
+            mode="markers",
+            x=at,
+            y=values,
+            marker=dict(color=colour, symbol=symbol, size=7),
+            customdata=[as_text(linear) for linear, _ in linears],
+            hovertemplate=f"%{{customdata}}, {name}: %{{y:.4f}}<extra></extra>",
+        )
+    firsts = [i for i in at if i == 0 or linears[i][1] != linears[i - 1][1]]
+    firsts = firsts[:: math.ceil(len(firsts) / 16)]
+    figure.update_xaxes(title_text="linears, by layer", tickvals=firsts, ticktext=[str(linears[i][1]) for i in firsts])
+    return figure.update_yaxes(title_text=y_title, rangemode="tozero")

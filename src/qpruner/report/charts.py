@@ -17,6 +17,7 @@ from qpruner.report.canvas import (
     as_text,
     blank_figure,
     layer_axis,
+    marks_by_linear,
     require_plotly,
 )
 from qpruner.report.facts import Facts, bytes_text, label
@@ -273,27 +274,12 @@ def _draw_recovery(facts: Facts) -> "Figure":
 
 
 def _draw_loftq(facts: Facts) -> "Figure":
-    starts, figure = facts.recovery.starts, blank_figure(360)
-    at = list(range(len(starts)))
-    for name, colour, symbol, values in (
+    starts = facts.recovery.starts
+    series = (
         ("rounding alone", ORANGE, "square", [s.plain for s in starts]),
         ("LoftQ: rounding and adapter", BLUE, "circle", [s.loftq for s in starts]),
-    ):
-        figure.add_scatter(
-            name=name,
-            mode="markers",
-            x=at,
-            y=values,
-            marker=dict(color=colour, symbol=symbol, size=7),
-            customdata=[as_text(s.linear) for s in starts],
-            hovertemplate=f"%{{customdata}}, {name}: %{{y:.4f}}<extra></extra>",
-        )
-    firsts = [i for i in at if i == 0 or starts[i].layer != starts[i - 1].layer]
-    firsts = firsts[:: math.ceil(len(firsts) / 16)]
-    figure.update_xaxes(
-        title_text="linears, by layer", tickvals=firsts, ticktext=[str(starts[i].layer) for i in firsts]
     )
-    return figure.update_yaxes(title_text="|W − stored| / |W|", rangemode="tozero")
+    return marks_by_linear([(s.linear, s.layer) for s in starts], series, "|W − stored| / |W|")
 
 
 CHARTS = {

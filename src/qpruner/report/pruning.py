@@ -1,6 +1,5 @@
 """Figures of what was cut: the plan, the scores, how they were fused, and what least squares made up for."""
 
-import math
 from typing import TYPE_CHECKING
 
 from qpruner.report.canvas import (
@@ -17,6 +16,7 @@ from qpruner.report.canvas import (
     blank_figure,
     layer_axis,
     legend_square,
+    marks_by_linear,
 )
 from qpruner.report.facts import Facts, label
 
@@ -158,22 +158,9 @@ def draw_fusion(facts: Facts) -> "Figure":
 
 
 def draw_reconstruction(facts: Facts) -> "Figure":
-    rows, figure = facts.reconstruction, blank_figure(360)
-    at = list(range(len(rows)))
-    for name, colour, symbol, values in (
+    rows = facts.reconstruction
+    series = (
         ("sliced", ORANGE, "square", [r.error_sliced for r in rows]),
         ("refitted", BLUE, "circle", [r.error for r in rows]),
-    ):
-        figure.add_scatter(
-            name=name,
-            mode="markers",
-            x=at,
-            y=values,
-            marker=dict(color=colour, symbol=symbol, size=8),
-            customdata=[as_text(r.linear) for r in rows],
-            hovertemplate=f"%{{customdata}}, {name}: %{{y:.4f}}<extra></extra>",
-        )
-    firsts = [i for i in at if i == 0 or rows[i].layer != rows[i - 1].layer]
-    firsts = firsts[:: math.ceil(len(firsts) / 16)]
-    figure.update_xaxes(title_text="linears, by layer", tickvals=firsts, ticktext=[str(rows[i].layer) for i in firsts])
-    return figure.update_yaxes(title_text="squared error / target, held out", rangemode="tozero")
+    )
+    return marks_by_linear([(r.linear, r.layer) for r in rows], series, "squared error / target, held out")
