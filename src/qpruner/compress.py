@@ -24,7 +24,7 @@ from qpruner.do.streamed import LayerByLayer
 from qpruner.job import Job, partial
 from qpruner.judging import judge_artifact, judge_original
 from qpruner.model import adapters, cost
-from qpruner.model.surgery import bereft
+from qpruner.model.surgery import bereft, bereft_stacks
 from qpruner.plan import Plan
 from qpruner.prepare import Prepared, without_layers
 from qpruner.run import digest_of
@@ -79,7 +79,7 @@ def reconstructed(job: Job, kept: widths.Kept) -> tuple[Job, list[dict]]:
     """The job whose pruned model has its refitted linears, and a row for each of them; as it was where none is asked
     for, or nothing was cut."""
     plan = job.plan(kept, 16)
-    if plan.reconstruction is None or not bereft(job.graph, kept):
+    if plan.reconstruction is None or not (bereft(job.graph, kept) or bereft_stacks(job.graph, kept)):
         return job, []
     windows, recipe = job.prepared.calibration.ids, job.recipe
     inputs = job.inputs(
