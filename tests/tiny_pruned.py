@@ -40,13 +40,14 @@ class Pruned:
 
     def __init__(self, model, plan: Plan, graph=None, *, ids=IDS, **how):
         self.model, self.plan, self.ids, self.how = model, plan, ids, how
+        self.experts = "eager"  # torch's fused product of them knows no float64
         self.dtype = next(model.parameters()).dtype
         self.graph = graph or discover(model)
         self.config, self.names = model.config, {}  # another one where layers go, and names in the original
 
     def stream(self, results=()) -> Stream:
         skeleton = build_skeleton(self.config)
-        skeleton.config._experts_implementation = "eager"
+        skeleton.config._experts_implementation = self.experts
         narrow_(skeleton, self.graph, self.plan.kept)
         add_biases_(skeleton, self.plan.added_biases)
         biases = {f"{n}.bias": (self.graph.linears[n].d_out,) for n in self.plan.added_biases}
@@ -57,10 +58,10 @@ class Pruned:
         return Stream(skeleton, Replaced(tensors, Given(found), found), dtype=self.dtype, **self.how)
 
     def results(self, scratches=None, *, stored=None, **options):
-        original = streamed(self.model, **self.how)
-        original.model.config._experts_implementation = "eager"
+        original, pruned = self.streams = streamed(self.model, **self.how), self.stream()
+        original.model.config._experts_implementation = self.experts
         return reconstruct(
-            original, self.stream(), self.graph, self.plan, self.ids, dtype=stored or self.dtype,
+            original, pruned, self.graph, self.plan, self.ids, dtype=stored or self.dtype,
             scratches=scratches or (Scratch(), Scratch()), **options,
         )  # fmt: skip
 
