@@ -8,7 +8,6 @@ held-out loss window by window. Differences are paired over windows, each window
 
 import argparse
 import json
-import re
 import subprocess
 import time
 from pathlib import Path
@@ -43,11 +42,12 @@ def main() -> None:
     args = parser.parse_args()
 
     cells: dict[tuple[str, str], list[tuple[float, ...]]] = {}
-    for folder in sorted(f for study in args.studies for f in study.glob("*-seed*.run")):
-        name, budget = re.fullmatch(r"(.+)-([^-]+)-seed\d+\.run", folder.name).groups()
-        plan = Plan.read(folder / "plan.json")
-        cells.setdefault((budget, name), []).append(losses_before_recovery(plan))
-        print(folder.name, sum(cells[budget, name][-1]) / 200, flush=True)
+    for study in args.studies:
+        for cell in json.loads((study / "study.json").read_text())["cells"]:
+            budget, name = cell["limit"], cell["recipe"]
+            plan = Plan.read(study / "runs" / f"{cell['run']}.run" / "plan.json")
+            cells.setdefault((budget, name), []).append(losses_before_recovery(plan))
+            print(cell["run"], sum(cells[budget, name][-1]) / 200, flush=True)
     over_seeds = {key: [sum(c) / len(c) for c in zip(*runs, strict=True)] for key, runs in cells.items()}
     rows = []
     for (budget, name), losses in over_seeds.items():

@@ -162,6 +162,23 @@ def test_it_goes_on_after_the_last_finished_layer(at, layers, tmp_path):
         torch.testing.assert_close(again[name], tensor, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_what_goes_on_is_what_will_be_stored(family):
+    """The hidden states behind the last layer are those of a model that reads the refitted tensors as stored."""
+    model = tiny(family, dtype=torch.float32, **FAMILIES[family])
+    graph = discover(model)
+    pruned = Pruned(model, plan_for(graph, kept_of(graph), added=True), graph)
+    scratch, again = Scratch(), Scratch()
+    results = pruned.results((Scratch(), scratch), stored=torch.bfloat16)
+    assert {t.dtype for n, t in flat(results).items() if not n.startswith(FACTS)} == {torch.bfloat16}
+    for step in pruned.stream(results).steps(IDS, again, batch_size=8, border=6):
+        step.pass_all_on()
+        step.finish({})
+    for first, n in ((0, 6), (6, 2)):
+        hidden = scratch.get("hidden-3", first, n)
+        torch.testing.assert_close(hidden, again.get("hidden-3", first, n), rtol=0, atol=0)
+
+
 # --- biases ---
 
 

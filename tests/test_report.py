@@ -16,7 +16,9 @@ import pytest
 from qpruner.errors import MissingExtraError, OutputError
 from qpruner.report import (
     AdapterStart,
+    Blend,
     Facts,
+    Fusion,
     Importance,
     Information,
     Layer,
@@ -24,6 +26,7 @@ from qpruner.report import (
     Metric,
     ProjectionBits,
     Recovered,
+    Refitted,
     Search,
     Sensitivity,
     Sizes,
@@ -38,7 +41,8 @@ from qpruner.report import (
     text_table,
     title,
 )
-from qpruner.report.charts import CHARTS, DARK
+from qpruner.report.canvas import DARK
+from qpruner.report.charts import CHARTS
 from qpruner.report.facts import bytes_text, label
 from qpruner.report.page import NUMBERS, SECTIONS, _json
 
@@ -88,6 +92,28 @@ def example() -> Facts:
             sensitivities.append(Sensitivity(unit=name, layer=i, bits=8, nats=cost / 80))
             plain = 0.09 if bits == 4 else 0.006
             starts.append(AdapterStart(linear=name, layer=i, plain=plain, loftq=plain * draw.uniform(0.75, 0.95)))
+
+    blend, reconstruction = [], []
+    for i in range(6):
+        for kind, short, linear in (("kv_group", "self_attn", "o_proj"), ("channel", "mlp", "down_proj")):
+            group = f"model.layers.{i}.{short}"
+            for way, fine in (("learned", 0.15 + 0.14 * i), ("mean", 0.5)):
+                blend.append(Blend(group=group, layer=i, kind=kind, way=way, fine=fine))
+            error, choice = draw.uniform(0.05, 0.4), "sliced" if i == 4 and kind == "channel" else "least-squares"
+            reconstruction.append(
+                Refitted(
+                    linear=f"{group}.{linear}",
+                    layer=i,
+                    choice=choice,
+                    damping=None if choice == "sliced" else 0.01,
+                    condition=None if choice == "sliced" else 120.0,
+                    error_sliced=error,
+                    error=error if choice == "sliced" else 0.6 * error,
+                    tokens=16384,
+                )
+            )
+    losses = {"fine": 2.61, "coarse": 2.58, "mean": 2.55, "attention": 2.56, "learned": 2.57}
+    fusion = Fusion(way="mean", losses=losses, blend=tuple(blend), curve=(2.9, 2.7, 2.6))
 
     trials, asked = [], 5_246_208
     for number in range(25):
@@ -146,6 +172,8 @@ def example() -> Facts:
         importance=tuple(importance),
         information=tuple(information),
         sensitivities=tuple(sensitivities),
+        fusion=fusion,
+        reconstruction=tuple(reconstruction),
         search=Search(trials=tuple(trials), front=tuple(t.number for t in front), chosen=chosen),
         recovery=Recovered(curve=tuple(curve), loss_before=2.521, loss_after=2.402, starts=tuple(starts)),
         stages=tuple(Stage(name=n, seconds=s) for n, s in [("measure", 41.2), ("search", 88.5), ("recover", 71.0)]),
@@ -174,7 +202,8 @@ def html(facts):
 
 def bare(facts: Facts, **changes) -> Facts:
     """The same run with nothing that is optional."""
-    empty = dict(importance=(), information=(), sensitivities=(), search=None, recovery=None, stages=(), notes=())
+    empty = dict.fromkeys(("importance", "reconstruction", "information", "sensitivities", "stages", "notes"), ())
+    empty |= dict.fromkeys(("fusion", "search", "recovery"))
     return facts.model_copy(update={**empty, **changes})
 
 

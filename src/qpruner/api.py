@@ -4,11 +4,11 @@ import json
 import os
 import shlex
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qpruner import __version__
+from qpruner import __version__, matrix
 from qpruner import recipe as recipes
 from qpruner.decide import widths
 from qpruner.errors import MemoryLimitError, OutputError
@@ -52,6 +52,7 @@ def compress(
     shared: Path | None = None,
     memory_limit: str | None = None,
     measure_speed: bool = True,
+    measure_kl: bool = True,
     trust_remote_code: bool = False,
     on_progress: OnProgress = silent,
 ) -> Result:
@@ -68,6 +69,7 @@ def compress(
         memory_limit: `4GiB`, for the whole process; by default what is free on the machine. A model that does not fit
             goes through layer by layer; the artifact is the same.
         measure_speed: also time both models, each in a fresh process.
+        measure_kl: also judge how far the artifact's predictions are from the original's; twice the work of its loss.
         trust_remote_code: let Python code that came with the model run; the artifact carries that code on.
         on_progress: called with stage, done, total.
     Raises:
@@ -105,7 +107,7 @@ def compress(
         forecast = prepared.forecast
         run.event("start", request=digest_of(request), memory=forecast.stages, resident=forecast.resident)
         on_progress(str(forecast), 1, 1)
-        prepared, decided, measured = carry_out(Job(prepared, run, on_progress, measure_speed))
+        prepared, decided, measured = carry_out(Job(prepared, run, on_progress, measure_speed, measure_kl))
         command = _command(model, budget, output, chosen.name, seed, texts | {"trials": trials}, trust_remote_code)
         facts = facts_of(prepared, decided, measured, command=command, seconds=run.seconds())
         write_manifest(partial(output), manifest_of(prepared, decided, measured, request))
@@ -280,6 +282,21 @@ def support(
     return rows
 
 
-def study(model: str, runs: list[str], output: str | Path, **options) -> dict:
-    """Several recipes on the same model, texts and budgets; see `qpruner.study`."""
-    return run_study(model, runs, Path(output), compress=compress, **options)
+def study(
+    models: str | Path | Sequence[str | Path],
+    recipes: Sequence[str] | Mapping[str, str] = (),
+    output: str | Path = "study",
+    *,
+    on_progress: OnProgress = silent,
+    **options,
+) -> dict:
+    """Several recipes on the same models, texts, limits and seeds; the same call continues it. See `qpruner.study`.
+
+    Args:
+        models: as for `compress`, one or several; or a YAML file that describes the study.
+        recipes: as for `compress`; or a mapping of labels to them.
+        output: the study's folder.
+        options: the other keys of a study; see `qpruner.matrix.Matrix`. They take the place of the file's.
+    """
+    given = options | ({"recipes": recipes} if recipes else {})
+    return run_study(matrix.of(models, **given), Path(output), compress=compress, on_progress=on_progress)

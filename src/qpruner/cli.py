@@ -202,35 +202,62 @@ def evaluate(
 @app.command()
 @with_status
 def study(
-    model: Model,
-    recipes: Annotated[list[str], typer.Option("--recipes", help="Recipes, as for compress; several.")],
-    budget: Annotated[list[str] | None, typer.Option("--budget", help="A budget; give several. Default: 50%.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 3,
+    models: Annotated[
+        list[str], typer.Argument(help=MODEL_HELP + " Several, or one YAML file that describes the study.")
+    ],
+    recipes: Annotated[list[str] | None, typer.Option("--recipes", help="Recipes, as for compress; several.")] = None,
+    budgets: Annotated[list[str] | None, typer.Option("--budget", help="A budget; give several. Default: 50%.")] = None,
+    kept: Annotated[
+        list[str] | None,
+        typer.Option("--kept", help="Instead of a budget: a fraction of the prunable parameters (80%); give several."),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds, from 0. Default: 3.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the study; resumable.")] = Path("study"),
     baseline: Annotated[str | None, typer.Option(help="Recipe to compare the others with. Default: the first.")] = None,
+    changes: Annotated[str | None, typer.Option(help="Changes of every recipe: key=value,key=value.")] = None,
+    vary: Annotated[
+        str | None, typer.Option(help="A numeric key of the recipes and what to try: calibration_windows=4,16,64.")
+    ] = None,
     calibration: Calibration = None,
     search_text: SearchText = None,
     evaluation: Evaluation = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Cells computed side by side. Default: 1.")] = None,
+    memory_limit: Annotated[str | None, typer.Option("--memory-limit", help="4GiB, for each process.")] = None,
+    keep_artifacts: Annotated[
+        bool | None, typer.Option("--keep-artifacts", help="Keep the weights of every cell, not only its numbers.")
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run several recipes on the same model and data; print their table with standard errors and paired differences."""
-    from qpruner import api
-    from qpruner.progress import bars
+    """Run recipes on the same models and data; print their tables with standard errors and paired differences.
 
+    A YAML file has keys of the same names: models, recipes, budgets, kept, seeds, ...; options go before what it says.
+    """
+    from qpruner import api
+    from qpruner.matrix import varied_of
+    from qpruner.progress import bars
+    from qpruner.recipe import changes_of
+
+    options = dict(
+        recipes=recipes, budgets=budgets, kept=kept, seeds=seeds, baseline=baseline, calibration=calibration,
+        search_text=search_text, evaluation=evaluation, processes=processes, memory_limit=memory_limit,
+        keep_artifacts=keep_artifacts, trust_remote_code=trust_remote_code or None,
+        changes=changes and changes_of(changes), vary=vary and varied_of(vary),
+    )  # fmt: skip
+    given = {key: value for key, value in options.items() if value}
     with bars() as on_progress:
-        found = api.study(
-            model, recipes, output, budgets=budget or ["50%"], seeds=seeds, baseline=baseline, calibration=calibration,
-            search_text=search_text, evaluation=evaluation, trust_remote_code=trust_remote_code,
-            on_progress=on_progress,
-        )  # fmt: skip
+        found = api.study(models, output=output, on_progress=on_progress, **given)
     if as_json:
         _print_json(found)
-    else:
-        from qpruner.report.terminal import study_table
-        from qpruner.study import COLUMNS, table_cells
+        return
+    from qpruner.report.study import sections
+    from qpruner.report.terminal import study_table
 
-        _print(study_table(COLUMNS, table_cells(found)))
+    for section in sections(found):
+        _print(study_table(section.head, section.rows, title=section.title, caption=section.lead))
+        for sentence in section.failures:
+            typer.echo(f"failed: {sentence}", err=True)
+    typer.echo(f"plots  {output / 'study.html'}\ntable  {output / 'table.md'}")
 
 
 def _show_result(result, as_json: bool) -> None:

@@ -18,15 +18,14 @@ from qpruner.artifact import save
 from qpruner.decide import widths
 from qpruner.deciding import Decided, choose_bits, measure_layers, measure_scores, search_loss, worth_of_layers
 from qpruner.do.quantize import Candidates
-from qpruner.do.reconstruct import read_facts, reconstruct, write_refitted
 from qpruner.do.recover import train_adapters_
 from qpruner.do.streamed import LayerByLayer
 from qpruner.job import Job, partial
 from qpruner.judging import judge_artifact, judge_original
 from qpruner.model import adapters, cost
-from qpruner.model.surgery import bereft, bereft_stacks
 from qpruner.plan import Plan
 from qpruner.prepare import Prepared, without_layers
+from qpruner.refitting import reconstructed
 from qpruner.run import digest_of
 from qpruner.shape import stored_sizes
 
@@ -73,30 +72,6 @@ def carry_out(job: Job) -> tuple[Prepared, Decided, Measured]:
     artifact = judge_artifact(job, folder)
     shutil.rmtree(job.passes, ignore_errors=True)  # with what earlier requests may have left unfinished
     return prepared, decided, Measured(original, artifact, done, reconstruction, size, on_disk)
-
-
-def reconstructed(job: Job, kept: widths.Kept) -> tuple[Job, list[dict]]:
-    """The job whose pruned model has its refitted linears, and a row for each of them; as it was where none is asked
-    for, or nothing was cut."""
-    plan = job.plan(kept, 16)
-    if plan.reconstruction is None or not (bereft(job.graph, kept) or bereft_stacks(job.graph, kept)):
-        return job, []
-    windows, recipe = job.prepared.calibration.ids, job.recipe
-    inputs = job.inputs(
-        kept=kept, layers=job.shape.layers, reconstruction=plan.reconstruction.model_dump(mode="json"),
-        added_biases=plan.added_biases, windows=digest_of(windows.tolist()), precision=recipe.precision,
-    )  # fmt: skip
-    with job.scratch("reconstruction", inputs) as ours, job.scratch("reconstruction-original", inputs) as theirs:
-
-        def compute(folder: Path) -> None:
-            results = reconstruct(
-                job.original(), job.pruned(kept, job.precision), job.graph, plan, windows,
-                dtype=job.stored_dtype, scratches=(theirs, ours), on_layer=job.progress("reconstruction"),
-            )  # fmt: skip
-            write_refitted(results, folder)
-
-        folder = job.run.files("reconstruction", inputs, compute)
-    return replace(job, refitted=folder, refitted_from=digest_of(inputs)), read_facts(folder)
 
 
 def _in_memory(job: Job, scores: dict[str, Tensor], kept: widths.Kept, information: list[dict]) -> tuple[Decided, Done]:

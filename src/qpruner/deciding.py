@@ -1,6 +1,7 @@
 """The stages of a run that decide: what is measured of the model, and the plan that is made of it."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from qpruner.job import Job
 from qpruner.judge import loss as judge
 from qpruner.model import cost
 from qpruner.plan import SPECS, Plan
+from qpruner.refitting import reconstructed_on_trial
 from qpruner.run import Journal, digest_of
 from qpruner.shape import EVALUATION_BATCH, measures_influence, stored_sizes
 
@@ -71,6 +73,7 @@ def _fused(job: Job, measured: dict[str, Tensor], inputs: dict) -> Fused:
     inputs = inputs | dict(
         fusion=recipe.fusion, steps=recipe.fusion_steps, counts=prepared.counts, scope=recipe.scope,
         limit=prepared.limit_bytes, search=digest_of(prepared.search.ids.tolist()),
+        refits=[recipe.reconstruction, recipe.added_biases, recipe.dampings, recipe.held_out],
     )  # fmt: skip
 
     with job.scratch("fusion", inputs) as scratch:
@@ -85,9 +88,11 @@ def _fused(job: Job, measured: dict[str, Tensor], inputs: dict) -> Fused:
             kept = widths.choose(job.graph, recipe, scores, prepared.counts, sizes, prepared.limit_bytes)
             name = f"trial-{digest_of(kept)[:16]}"
             if not scratch.finished(name):
-                judged = judge.Streamed(job.pruned(kept, job.precision), scratch.part(name))
-                loss = judge.evaluate_loss(judged, prepared.search, batch_size=job.batch).loss
-                judged.scratch.clear()
+                place, folder = scratch.part(name), job.passes / name
+                pruned = reconstructed_on_trial(job, kept, folder, place).pruned(kept, job.precision)
+                loss = judge.evaluate_loss(judge.Streamed(pruned, place), prepared.search, batch_size=job.batch).loss
+                place.clear()
+                shutil.rmtree(folder, ignore_errors=True)
                 scratch.finish(name, {"loss": torch.tensor(loss, dtype=torch.float64)})
             return float(scratch.result(name)["loss"])
 

@@ -32,6 +32,10 @@ class RecipeError(QPrunerError):
     """The recipe does not exist, or a key or value of it is unknown."""
 
 
+class StudyError(QPrunerError):
+    """The study's file or options contradict each other, or hold an unknown key or value."""
+
+
 class OutputError(QPrunerError):
     """The output folder holds something else, or there is no room for it."""
 

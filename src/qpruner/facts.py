@@ -66,6 +66,8 @@ def facts_of(
             for name, g in prepared.shape.graph.groups.items()
             if g.kind in prepared.recipe.units
         ),  # fmt: skip
+        fusion=fusion(prepared, decided),
+        reconstruction=tuple(report.Refitted(**row) for row in measured.reconstruction),
         information=tuple(report.Information(**row) for row in decided.information),
         sensitivities=tuple(
             report.Sensitivity(unit=unit.name, layer=unit.layer, bits=bits, nats=nats)
@@ -155,6 +157,19 @@ def projections(prepared: Prepared, decided: Decided) -> tuple[report.Projection
     return tuple(rows)
 
 
+def fusion(prepared: Prepared, decided: Decided) -> report.Fusion | None:
+    fused, groups = decided.fused, prepared.shape.graph.groups
+    if fused is None:
+        return None
+    blend = tuple(
+        report.Blend(group=name, layer=groups[name].layer, kind=groups[name].kind, way=way, fine=value)
+        for way, each in fused.fine.items()
+        for name, value in each.items()
+        if groups[name].kind in prepared.recipe.units
+    )
+    return report.Fusion(way=fused.way, losses=fused.losses, blend=blend, curve=fused.curve)
+
+
 def search(decided: Decided, measured: Measured) -> report.Search | None:
     """Trials count the bytes of what they choose between; here all that is stored besides is added."""
     if not decided.trials:
@@ -224,7 +239,7 @@ def manifest_of(prepared: Prepared, decided: Decided, measured: Measured, reques
         "evaluation": {
             "original": loss(measured.original),
             "artifact": loss(measured.artifact),
-            "kl": measured.artifact["kl"],
+            **{part: measured.artifact[part] for part in ("kl",) if part in measured.artifact},
         },
     }
 

@@ -33,6 +33,7 @@ class Job:
     run: Run
     on_progress: OnProgress
     measure_speed: bool
+    measure_kl: bool = True
     refitted: Path | None = None  # a folder of tensors that stand in for those that the pruned model was cut to
     refitted_from: str | None = None  # digest of all that they depend on
 

@@ -14,7 +14,7 @@ from qpruner.run import digest_of
 
 def judge_original(job: Job) -> dict:
     windows = job.prepared.evaluation
-    inputs = job.inputs(windows=digest_of(windows.ids.tolist()))
+    inputs = job.inputs(windows=digest_of(windows.ids.tolist()), seed=None)  # which has no part in it
     with job.scratch("original", inputs) as scratch:
 
         def compute() -> dict:
@@ -32,17 +32,20 @@ def judge_artifact(job: Job, folder: Path) -> dict:
     inputs = job.inputs(windows=digest_of(windows.ids.tolist()), artifact=weights)
     with job.scratch("artifact", inputs) as ours, job.scratch("reference", inputs) as theirs:
 
-        def compute() -> dict:
-            trusted = job.shape.source.trust_remote_code
-            written = load.inspect_source(str(folder), trust_remote_code=trusted)
-            artifact = open_stream(written, dtype=job.precision, **job.where())
-            judged = _judged(job, artifact, ours, "artifact")
-            report = judge.evaluate_loss(judged, windows, batch_size=job.batch)
-            original = _judged(job, job.original(), theirs, "original")
-            divergence = judge.kl_to(judged, original, windows, batch_size=job.batch)
-            return {"loss": loss_values(report), "kl": divergence.to_dict()}
+        def artifact() -> judge.Streamed:
+            written = load.inspect_source(str(folder), trust_remote_code=job.shape.source.trust_remote_code)
+            return _judged(job, open_stream(written, dtype=job.precision, **job.where()), ours, "artifact")
 
-        judged = job.run.values("artifact", inputs, compute)
+        def loss() -> dict:
+            return {"loss": loss_values(judge.evaluate_loss(artifact(), windows, batch_size=job.batch))}
+
+        def divergence() -> dict:
+            original = _judged(job, job.original(), theirs, "original")
+            return {"kl": judge.kl_to(artifact(), original, windows, batch_size=job.batch).to_dict()}
+
+        judged = job.run.values("artifact", inputs, loss)
+        if job.measure_kl:
+            judged |= job.run.values("divergence", inputs, divergence)
     return judged | _speed(job, "artifact", folder, weights)
 
 

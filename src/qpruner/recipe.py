@@ -1,6 +1,7 @@
 """A recipe: every choice of a method, one field each, with its unit. The files in `recipes/` are published methods."""
 
 import re
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -158,7 +159,8 @@ class Recipe(Value):
         if not changes:
             return self
         named = ",".join(f"{k}={_plain(v)}" for k, v in changes.items())
-        return parse({**self.model_dump(), **changes, "name": f"{self.name}[{named}]"}, origin=f"recipe {self.name!r}")
+        name = f"{self.name[:-1]},{named}]" if self.name.endswith("]") else f"{self.name}[{named}]"
+        return parse({**self.model_dump(), **changes, "name": name}, origin=f"recipe {self.name!r}")
 
 
 def _plain(value: Any) -> str:
@@ -207,6 +209,12 @@ def load(text: str) -> Recipe:
     if isinstance(fields, dict):
         fields = {"name": Path(name).stem, **fields}
     return parse(fields, origin=f"recipe {name!r}").but(changes_of(changes))
+
+
+def split_recipes(texts: Sequence[str]) -> list[str]:
+    """Recipes from one or several arguments: apart at spaces, and at commas outside brackets."""
+    one = r"[^\s,\[]+(?:\[(?:[^\[\]]|\[[^\]]*\])*\])?"  # a name, and changes in brackets that may hold lists
+    return [name for text in texts for name in re.findall(one, text)]
 
 
 def changes_of(text: str) -> dict[str, Any]:

@@ -127,6 +127,32 @@ def widths_for(shape: Shape, recipe: Recipe, limit_bytes: int) -> widths.Counts:
     )
 
 
+@dataclass(frozen=True)
+class Room:
+    """What the kv groups and channels of all decoder layers hold, and the file of the whole model at 16 bits."""
+
+    parameters: int
+    size_bytes: int
+    whole_bytes: int
+
+    @classmethod
+    def of(cls, shape: Shape) -> "Room":
+        whole = {name: tuple(range(group.n_units)) for name, group in shape.graph.groups.items()}
+        bare = {name: () if shape.graph.groups[name].kind in widths.LAYER_KINDS else all for name, all in whole.items()}
+        plans = [shape.plan(Recipe(name="whole", adapter_rank=0), kept, 16) for kept in (whole, bare)]
+        with_units, without = (shape.stored(plan) for plan in plans)
+        size = lambda stored: sum(map(cost.tensor_bytes, stored.values()))
+        return cls(
+            parameters=cost.parameter_count(with_units) - cost.parameter_count(without),
+            size_bytes=size(with_units) - size(without),
+            whole_bytes=shape.size(plans[0]).total,
+        )
+
+    def limit_bytes(self, kept: float) -> int:
+        """The stored size when this fraction of the units' bytes stays, and everything else."""
+        return self.whole_bytes - self.size_bytes + int(kept * self.size_bytes)
+
+
 def loses_layers(recipe: Recipe) -> bool:
     return recipe.fit_by == "depth" or recipe.layers_kept < 1
 

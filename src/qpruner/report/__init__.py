@@ -3,7 +3,9 @@
 from qpruner.report.charts import absent, charts
 from qpruner.report.facts import (
     AdapterStart,
+    Blend,
     Facts,
+    Fusion,
     Importance,
     Information,
     Layer,
@@ -11,6 +13,7 @@ from qpruner.report.facts import (
     Metric,
     ProjectionBits,
     Recovered,
+    Refitted,
     ScoreCurve,
     Search,
     Sensitivity,
@@ -26,7 +29,9 @@ from qpruner.report.page import page, text_table
 
 __all__ = [
     "AdapterStart",
+    "Blend",
     "Facts",
+    "Fusion",
     "Importance",
     "Information",
     "Layer",
@@ -34,6 +39,7 @@ __all__ = [
     "Metric",
     "ProjectionBits",
     "Recovered",
+    "Refitted",
     "ScoreCurve",
     "Search",
     "Sensitivity",

@@ -183,6 +183,46 @@ class Importance(Value):
     curve: ScoreCurve
 
 
+class Blend(Value):
+    """How far a way of fusing trusts the fine score of a group, 0 to 1, on the mean of its units."""
+
+    group: str
+    layer: int
+    kind: Units
+    way: str
+    fine: float
+
+
+class Fusion(Value):
+    """How a fine and a coarse score became one.
+
+    way: that was taken. losses: of every way that was tried, on the search text.
+    curve: the loss of the gated model while the attention was trained.
+    """
+
+    way: str
+    losses: dict[str, float] = {}
+    blend: tuple[Blend, ...] = ()
+    curve: tuple[float, ...] = ()
+
+
+class Refitted(Value):
+    """A linear that lost inputs. Errors are squared, over that of the target, on held-out calibration tokens.
+
+    choice: `least-squares`, `bias`, or `sliced` where that did best. damping: taken. condition: of what was solved.
+    error_sliced: of the weights as they were. error: of those that ship.
+    """
+
+    linear: str
+    layer: int
+    choice: str
+    damping: float | None
+    condition: float | None
+    error_sliced: float | None
+    error: float | None
+    tokens: int
+
+
 class Trial(Value):
     """One evaluated plan. origin: who proposed it. loss: nats per token on the search text."""
 
@@ -274,6 +314,8 @@ class Facts(Value):
     layers: tuple[Layer, ...]
     projections: tuple[ProjectionBits, ...]
     importance: tuple[Importance, ...] = ()
+    fusion: Fusion | None = None
+    reconstruction: tuple[Refitted, ...] = ()
     information: tuple[Information, ...] = ()
     sensitivities: tuple[Sensitivity, ...] = ()
     search: Search | None = None

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
-from qpruner.report.charts import CHARTS, DARK, KINDS, absent, charts
+from qpruner.report.canvas import DARK, KINDS
+from qpruner.report.charts import CHARTS, absent, charts
 from qpruner.report.facts import Facts, all_warnings, before_after, bytes_text, title
 
 if TYPE_CHECKING:
@@ -81,6 +82,28 @@ def _importance(facts: Facts) -> Numbers:
     )
 
 
+def _fusion(facts: Facts) -> Numbers:
+    fusion = facts.fusion
+    said = [f"taken: {fusion.way}"]
+    said += [f"{way} {loss:.4f}" for way, loss in sorted(fusion.losses.items(), key=lambda item: item[1])]
+    said = [said[0], "losses on the search text: " + ", ".join(said[1:])] if fusion.losses else said
+    rows = [(b.group, KINDS[b.kind], b.way, b.fine) for b in fusion.blend if b.way in ("learned", fusion.way)]
+    return Numbers(_sentence(said), ("group", "kind", "way", "weight of the fine score"), rows)
+
+
+def _reconstruction(facts: Facts) -> Numbers:
+    rows = [
+        (r.linear, r.choice, r.damping, r.condition, r.error_sliced, r.error, r.tokens) for r in facts.reconstruction
+    ]
+    refitted = [r for r in facts.reconstruction if r.choice != "sliced" and r.error_sliced]
+    said = [f"{len(refitted)} of {len(rows)} linears were refitted"]
+    if refitted:
+        gone = sum(1 - r.error / r.error_sliced for r in refitted) / len(refitted)
+        said.append(f"on the mean {gone:.0%} of their squared error is gone")
+    head = ("linear", "choice", "damping", "condition number", "error, sliced", "error, refitted", "tokens")
+    return Numbers(_sentence(said), head, rows)
+
+
 def _information(facts: Facts) -> Numbers:
     rows = [(r.unit, r.nats, r.null_mean, r.null_std, r.z) for r in facts.information]
     most = max(facts.information, key=lambda r: r.nats)
@@ -147,6 +170,8 @@ NUMBERS = {
     "sizes": _sizes,
     "plan": _plan,
     "importance": _importance,
+    "fusion": _fusion,
+    "reconstruction": _reconstruction,
     "information": _information,
     "sensitivities": _sensitivities,
     "search": _search,
@@ -155,7 +180,7 @@ NUMBERS = {
     "loftq": _loftq,
 }
 SECTIONS = (
-    ("What was cut and rounded", ("plan", "importance")),
+    ("What was cut and rounded", ("plan", "importance", "fusion", "reconstruction")),
     ("What the layers carry", ("information", "sensitivities")),
     ("The search", ("search", "pareto")),
     ("Recovery", ("recovery", "loftq")),
@@ -174,8 +199,6 @@ def page(facts: Facts) -> str:
         MissingExtraError: plotly is not installed.
     """
     drawn, missing = charts(facts), absent(facts)
-    from plotly.offline import get_plotlyjs
-
     figures = {name: _chart(name, figure, facts) for name, figure in drawn.items()}
     figures |= {name: f"<p class=absent>{_e(sentence)}</p>" for name, sentence in missing.items()}
     body = "\n".join(
@@ -194,8 +217,15 @@ def page(facts: Facts) -> str:
             _run(facts),
         ]
     )
+    return document(title(facts), body)
+
+
+def document(name: str, body: str) -> str:
+    """A whole page that needs nothing else."""
+    from plotly.offline import get_plotlyjs
+
     parts = dict(style=STYLE, body=body, policy=POLICY, dark=_json(DARK), plotly=get_plotlyjs(), script=SCRIPT)
-    return PAGE.format(title=_e(title(facts)), **parts)
+    return PAGE.format(title=_e(name), **parts)
 
 
 def _lead(facts: Facts) -> str:
@@ -217,24 +247,28 @@ def _warnings(facts: Facts) -> str:
 def _before_after(facts: Facts) -> str:
     whole = lambda text: text.replace("± ", "±\N{NO-BREAK SPACE}").replace(" %", "\N{NO-BREAK SPACE}%")
     rows = [(name, *map(whole, values)) for name, *values in before_after(facts)]
-    return _table(("", "before", "after", "change"), rows, "before-after")
+    return html_table(("", "before", "after", "change"), rows, "before-after")
 
 
 def _chart(name: str, figure, facts: Facts) -> str:
-    chart, numbers = CHARTS[name], NUMBERS[name](facts)
+    return drawing(name, CHARTS[name].title, CHARTS[name].reading, figure, NUMBERS[name](facts))
+
+
+def drawing(name: str, heading: str, reading: str, figure, numbers: Numbers) -> str:
+    """A figure with a sentence on how to read it, and its numbers in words and in a table."""
     wide = "wide" if any(trace.type == "heatmap" for trace in figure.data) else ""  # not readable at a phone's width
-    said, height = _e(f"{chart.title}. {numbers.sentence}"), figure.layout.height
+    said, height = _e(f"{heading}. {numbers.sentence}"), figure.layout.height
     return (
-        f"<figure id={name}><h3>{_e(chart.title)}</h3><figcaption>{_e(chart.reading)}</figcaption>"
+        f"<figure id={name}><h3>{_e(heading)}</h3><figcaption>{_e(reading)}</figcaption>"
         f'<div class=scroll><div class="chart {wide}" role=img aria-label="{said}" style="height:{height}px">'
         "</div></div>"
         f"<script type=application/json>{_json(figure.to_json())}</script>"
         f"<details><summary>In words and numbers</summary><p>{_e(numbers.sentence)}</p>"
-        f"<div class=tall>{_table(numbers.head, numbers.rows)}</div></details></figure>"
+        f"<div class=tall>{html_table(numbers.head, numbers.rows)}</div></details></figure>"
     )
 
 
-def _table(head: tuple[str, ...], rows: list[tuple], kind: str = "numbers") -> str:
+def html_table(head: tuple[str, ...], rows: list[tuple], kind: str = "numbers") -> str:
     top = "".join(f"<th scope=col>{_e(h)}</th>" for h in head)
     lines = "".join(
         f"<tr><th scope=row>{_cell(row[0])}</th>" + "".join(f"<td>{_cell(v)}</td>" for v in row[1:]) + "</tr>"
@@ -254,7 +288,7 @@ def _cell(value) -> str:
 def _run(facts: Facts) -> str:
     seconds = [(s.name, s.seconds) for s in facts.stages] + [("all", sum(s.seconds for s in facts.stages))]
     stages = (
-        _table(("stage", "seconds"), [(name, f"{s:,.1f}") for name, s in seconds], "narrow") if facts.stages else ""
+        html_table(("stage", "seconds"), [(name, f"{s:,.1f}") for name, s in seconds], "narrow") if facts.stages else ""
     )
     notes = "".join(f"<li>{_e(n)}</li>" for n in facts.notes)
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
@@ -347,7 +381,7 @@ section.first > div { min-width: 0 }
 .lead, .small, figcaption, dt, .absent { color: var(--muted) }
 .small { font-size: .86rem; margin-top: .7rem }
 .lead { max-width: none }
-.absent { padding: .7rem 1rem; background: var(--box); border-radius: 6px; max-width: none }
+.absent { overflow-wrap: anywhere; padding: .7rem 1rem; background: var(--box); border-radius: 6px; max-width: none }
 .warnings {
   margin-top: 1.6rem; padding: 1rem 1.3rem; border-left: 4px solid var(--warn);
   background: var(--warn-box); border-radius: 0 6px 6px 0

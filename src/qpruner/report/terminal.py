@@ -42,8 +42,10 @@ def mapping_table(found: dict) -> Table:
     return table
 
 
-def study_table(columns: tuple[str, ...], cells: list[tuple[str, ...]]) -> Table:
-    table = Table(*columns)
+def study_table(
+    columns: tuple[str, ...], cells: list[tuple[str, ...]], *, title: str | None = None, caption: str | None = None
+) -> Table:
+    table = Table(*columns, title=title and escape(title), caption=caption and escape(caption))
     for row in cells:
         table.add_row(*map(escape, row))  # a recipe's changes stand in brackets, which rich would read as a style
     return table
