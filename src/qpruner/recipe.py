@@ -13,8 +13,8 @@ from qpruner.errors import RecipeError, listed
 from qpruner.plan import Recovery, Value
 
 Score = Literal[
-    "vector", "element-first", "element-second", "element-mixed", "coarse", "hybrid", "wanda-sp", "flap", "magnitude",
-    "random",
+    "vector", "element-first", "element-second", "element-mixed", "coarse", "hybrid", "wanda-sp", "flap",
+    "brain-surgeon", "magnitude", "random",
 ]  # fmt: skip
 Fusion = Literal["fine", "coarse", "mean", "attention", "learned", "best"]
 Units = Literal["kv_group", "query_head", "channel", "expert", "residual"]
@@ -27,7 +27,8 @@ class Recipe(Value):
     Pruning
         score: importance of a unit. `vector` and `element-*` are LLM-Pruner's; `coarse` sums over a unit before the
             modulus is taken, and `hybrid` fuses it with `element-mixed` (HyWIA); `wanda-sp` and `flap` look at the
-            inputs of linears that read a unit; `magnitude` and `random` are controls.
+            inputs of linears that read a unit; `brain-surgeon` asks what is lost if these linears are refitted without
+            it; `magnitude` and `random` are controls.
         fisher: what the quadratic terms of `element-mixed`, `coarse` and `hybrid` take for a sample: a `window`, as
             their authors do, or a `token`, which makes them as much larger as a window has tokens.
         fusion, fusion_steps: of `hybrid`: how its two scores become one; `best` tries all and keeps what loses least on

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from qpruner.decide.activations import flap, wanda_sp
+from qpruner.decide.elimination import brain_surgeon
 from qpruner.decide.saliences import (
     Scorer,
     UnitScores,
@@ -317,6 +318,7 @@ SCORERS: dict[str, Scorer] = {
     "hybrid": hybrid,
     "wanda-sp": wanda_sp,
     "flap": flap,
+    "brain-surgeon": brain_surgeon,
     "magnitude": magnitude,
     "random": random_scores,
 }

@@ -22,8 +22,12 @@ from qpruner.model.cost import ITEMSIZE, TensorSpec, tensor_bytes
 from qpruner.model.graph import Graph
 
 SCORE_COPIES = {"element-first": 1, "element-mixed": 2, "hybrid": 2}  # float32 tensors per weight of a layer
-FORWARD_SCORES = ("wanda-sp", "flap")  # which no gradient is taken for
+FORWARD_SCORES = ("wanda-sp", "flap", "brain-surgeon")  # which no gradient is taken for
 WEIGHT_SCORES = ("magnitude", "random")  # nor any pass
+SURGEON_SQUARES, SURGEON_PRODUCTS = (
+    7,
+    4,
+)  # float64: Gram matrices of a layer, damped, factor, inverse; weights, refitted
 WIDE_COPIES = 3 * 8  # bytes for each number of one linear's inputs, or of its weight, while it is in float64
 LOGIT_COPIES = 5  # float32 logits, shifted, log-probabilities, gradients; or those of a second model
 LOFTQ_COPIES = 14  # of the largest matrix in float32: itself, rounded, error, factors of its decomposition
@@ -180,6 +184,8 @@ def stages_of(sizes: Sizes, work: Work, hidden_size: int, *, resident: bool) -> 
     importance = max(backward, loss)
     if work.score in FORWARD_SCORES:
         importance = through
+        if work.score == "brain-surgeon":
+            importance += 8 * (SURGEON_SQUARES * sizes.widest**2 + SURGEON_PRODUCTS * sizes.matrix)
     elif work.score in WEIGHT_SCORES:
         importance = weights + sizes.layer_stored + WIDE_COPIES * sizes.matrix
     stages = {"importance": importance, "judging": max(forward, tail)}
