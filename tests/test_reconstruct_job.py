@@ -192,6 +192,7 @@ def test_refitted_stacks_of_experts_ship(mixture, tmp_path, short_text):
         assert row.choice == "least-squares" and 1 <= row.experts <= 4 and row.error < row.error_sliced
         assert row.tokens == 8 * 64 * 2, "every token is sent to two experts"
     assert made.facts.sizes.predicted == made.facts.sizes.on_disk
+    assert "linears and stacks of experts were refitted" in made.report.read_text()
 
 
 def test_a_mixture_layer_by_layer_ends_in_the_same_bytes(

@@ -6,7 +6,7 @@ mixture runs on what reaches that of the pruned model, and its products with the
 went, the original's router chooses among all of them, and those that stayed see the tokens that it sends to them.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from posixpath import commonpath
@@ -73,7 +73,7 @@ def readers_of(graph: Graph, kept: Mapping[str, Sequence[int]], layer: int) -> d
     return found
 
 
-def joint(paths: Iterator[str]) -> str:
+def joint(paths: Iterable[str]) -> str:
     """The innermost module that contains these."""
     return commonpath([path.replace(".", "/") for path in paths]).replace("/", ".")
 
@@ -106,11 +106,14 @@ def called(step: Step, module: str) -> str:
 
 
 def moments_of(
-    reader: Reader, theirs: Step, ours: Step, experts: Collection[int], n_fitted: int
+    reader: Reader, place: str, theirs: Step, ours: Step, experts: Collection[int], n_fitted: int
 ) -> dict[int, tuple[Moments, Moments]]:
     """Of some of the experts that stay, by their number among them: of the first windows, and of those held out.
 
     An expert that no product was seen with has moments of no tokens.
+
+    Args:
+        place: inner name of the module that holds all that was cut, and is called.
     """
     stack = theirs.layer.get_parameter(reader.inner).detach()
     bias = None if reader.stack.bias is None else theirs.layer.get_parameter(reader.inner_bias).detach()
@@ -139,7 +142,6 @@ def moments_of(
         with Answered(stack, answer):
             original(*args, **kwargs)
 
-    place = called(ours, reader.module)
     original = theirs.layer.get_submodule(place)
     with ours.layer.get_submodule(place).register_forward_pre_hook(run_theirs, with_kwargs=True):
         for b, (first, _) in enumerate(ours.batches):

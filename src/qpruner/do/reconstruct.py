@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qpruner.do.experts import Reader, moments_of, one_by_one, readers_of
+from qpruner.do.experts import Reader, called, moments_of, one_by_one, readers_of
 from qpruner.do.junction import Junction
 from qpruner.math.least_squares import Moments, Repair, repair, repairs, squared_error
 from qpruner.model.graph import Graph, LinearSite
@@ -249,8 +249,9 @@ class _Layer:
             return choice
 
         choices = []
+        place = "" if reader.module is None else called(self._ours, reader.module)
         for some in _at_once(reader):
-            moments = moments_of(reader, self._theirs, self._ours, some, settings.n_fitted)
+            moments = moments_of(reader, place, self._theirs, self._ours, some, settings.n_fitted)
             choices += [refit(e, *moments.pop(e)) for e in some]
         refill_(layer.get_submodule(reader.path), **{name.rpartition(".")[2]: new[name] for name in changed})
         facts = torch.tensor(_facts_of_experts(choices), dtype=torch.float64)
