@@ -100,6 +100,7 @@ def fuse(
     best: dict[str, tuple[float, dict[str, Tensor]]] = {}  # of each way
     for i, (each, weights) in enumerate(candidates):
         loss = trial(blend.scores(weights)) if len(candidates) > 1 else 0.0
+        loss = math.inf if math.isnan(loss) else loss  # of a model that broke: the worst there is
         on_trial(i + 1, len(candidates))
         if each not in best or loss < best[each][0]:
             best[each] = loss, weights
@@ -110,9 +111,12 @@ def fuse(
 
 
 class Blend:
-    """How far every unit trusts either score, under the parameters as they are. Final."""
+    """How far every unit trusts either score, under the parameters as they are. Final.
 
-    def __init__(self, hybrid: Mapping[str, Tensor], pools: Sequence[Pool], graph: Graph, *, seed: int = 0):
+    The attention starts from the same numbers in every run; what a run's seed changes is the order of the texts.
+    """
+
+    def __init__(self, hybrid: Mapping[str, Tensor], pools: Sequence[Pool], graph: Graph):
         self.pools, self.graph = pools, graph
         self._sizes = {pool: [graph.groups[name].n_units for name in pool.groups] for pool in pools}
         self._R = {
@@ -120,7 +124,7 @@ class Blend:
             for pool in pools
         }
         self._X = {pool: self._features(pool) for pool in pools}
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         d_x = next(iter(self._X.values())).shape[1]
         new = lambda *shape: START * torch.randn(*shape, generator=generator, dtype=torch.float64)
         self.parameters: Parameters = [new(d_x, D_K).requires_grad_(), new(2, d_x, D_K).requires_grad_()]
