@@ -5,25 +5,21 @@ import math
 import pytest
 import torch
 from tiny import tiny
+from tiny_pruned import IDS, Pruned, flat, kept_of, logits_of, plan_for, rows_of, tensors_of, with_doubles
 from tiny_stream import streamed
 from torch import nn
 
 from qpruner.do import reconstruct as module
 from qpruner.do.junction import Junction
-from qpruner.do.reconstruct import FACTS, facts_of, reconstruct
+from qpruner.do.reconstruct import FACTS
 from qpruner.errors import ModelError, PlanError
 from qpruner.model.check import check_plan
 from qpruner.model.depth import original_names, shortened, shortened_config
 from qpruner.model.discover import discover
 from qpruner.model.scratch import Scratch
-from qpruner.model.skeleton import build_skeleton
-from qpruner.model.stream import Stream
-from qpruner.model.surgery import add_biases_, bereft, narrow_, remaining
-from qpruner.model.tensors import Cut, Renamed, Replaced, Zeros
-from qpruner.plan import DENSE, Plan, Reconstruction
-from qpruner.testing.tiny import Held
+from qpruner.model.surgery import add_biases_, bereft, remaining
+from qpruner.plan import Reconstruction
 
-IDS = torch.randint(2, 61, (8, 12), generator=torch.Generator().manual_seed(0))
 FAMILIES = {
     "llama": {},
     "gpt2": {},
@@ -31,96 +27,6 @@ FAMILIES = {
     "opt": {},
     "mixtral": dict(num_local_experts=4, num_experts_per_tok=2),
 }
-LEAST_SQUARES = Reconstruction(method="least-squares", dampings=(1e-4, 1e-2, 1.0), held_out=0.25)
-
-
-def plan_for(graph, kept, settings=LEAST_SQUARES, *, added: bool = False, layers=None) -> Plan:
-    names = [n for n, s in bereft(graph, kept).items() if not s.bias] if added else []
-    return Plan(
-        model_name="m", model_digest="", layers=layers, kept=kept, reconstruction=settings, added_biases=names,
-        specs=dict.fromkeys(graph.linears, DENSE),
-    )  # fmt: skip
-
-
-def kept_of(graph, fraction: float = 0.5) -> dict:
-    """Of every group of a layer the first part; query heads stay with their groups."""
-    prunable = lambda g: g.kind in ("kv_group", "channel")
-    n = lambda g: max(1, int(fraction * g.n_units / g.n_blocks)) if prunable(g) else g.n_units // g.n_blocks
-    return {
-        name: tuple(u for u in range(g.n_units) if u % (g.n_units // g.n_blocks) < n(g))
-        for name, g in graph.groups.items()
-    }
-
-
-class Pruned:
-    """A model, what a plan makes of it, and its reconstruction in float64."""
-
-    def __init__(self, model, plan: Plan, graph=None, **how):
-        self.model, self.plan, self.how = model, plan, how
-        self.graph = graph or discover(model)
-        self.config, self.names = model.config, {}  # another one where layers go, and names in the original
-
-    def stream(self, results=()) -> Stream:
-        skeleton = build_skeleton(self.config)
-        skeleton.config._experts_implementation = "eager"
-        narrow_(skeleton, self.graph, self.plan.kept)
-        add_biases_(skeleton, self.plan.added_biases)
-        biases = {f"{n}.bias": (self.graph.linears[n].d_out,) for n in self.plan.added_biases}
-        tensors = Replaced(
-            Cut(Renamed(Held(self.model), self.names), self.graph, self.plan.kept), Zeros(biases), biases
-        )
-        found = {n: t for result in results for n, t in result.items() if not n.startswith(FACTS)}
-        return Stream(skeleton, Replaced(tensors, Given(found), found), dtype=torch.float64, **self.how)
-
-    def results(self, scratches=None, **options):
-        original = streamed(self.model, **self.how)
-        original.model.config._experts_implementation = "eager"
-        return reconstruct(
-            original, self.stream(), self.graph, self.plan, IDS, dtype=torch.float64,
-            scratches=scratches or (Scratch(), Scratch()), **options,
-        )  # fmt: skip
-
-    def logits(self, results=()):
-        with torch.no_grad():
-            return self.stream(results).loaded()(IDS).logits
-
-
-def tensors_of(config) -> list[str]:
-    return list(build_skeleton(config).state_dict())
-
-
-class Given(dict):
-    bytes_read = 0
-
-    def read(self, name: str) -> torch.Tensor:
-        return self[name]
-
-
-def flat(results) -> dict:
-    return {name: tensor for result in results for name, tensor in result.items()}
-
-
-def rows_of(results) -> list[dict]:
-    return [row for i, result in enumerate(results) for row in facts_of(i, result)]
-
-
-def logits_of(model):
-    with torch.no_grad():
-        return model(IDS).logits
-
-
-def with_doubles(model, graph) -> None:
-    """Every unit of the second half of a group that goes by halves becomes a double of one in the first."""
-    state = model.state_dict()
-    for group in graph.groups.values():
-        if group.kind in ("kv_group", "channel"):
-            half = group.n_units // 2
-            for name, table in group.producers.items():
-                site = graph.linears[name]
-                for key in ("weight", "bias") if site.bias else ("weight",):
-                    tensor = state[f"{name}.{key}"]
-                    rows = tensor.T if site.transposed and key == "weight" else tensor
-                    rows[table[half : 2 * half].flatten()] = rows[table[:half].flatten()]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -203,7 +109,7 @@ def test_a_layer_is_paired_with_its_own_where_others_go():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layer_by_layer_from_disk_gives_the_same_bits(family, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "REFIT_TOKENS", 60)  # five windows together: one batch lies on both sides of the border
+    monkeypatch.setattr(module, "REFIT_TOKENS", 60)  # five windows together, and one before the border
     model = tiny(family, **FAMILIES[family])
     graph = discover(model)
     plan = plan_for(graph, kept_of(graph), added=True)
@@ -254,6 +160,23 @@ def test_it_goes_on_after_the_last_finished_layer(at, layers, tmp_path):
     assert seen == list(range(at + 1, n_layers + 1))
     for name, tensor in flat(pruned.results()).items():
         torch.testing.assert_close(again[name], tensor, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_what_goes_on_is_what_will_be_stored(family):
+    """The hidden states behind the last layer are those of a model that reads the refitted tensors as stored."""
+    model = tiny(family, dtype=torch.float32, **FAMILIES[family])
+    graph = discover(model)
+    pruned = Pruned(model, plan_for(graph, kept_of(graph), added=True), graph)
+    scratch, again = Scratch(), Scratch()
+    results = pruned.results((Scratch(), scratch), stored=torch.bfloat16)
+    assert {t.dtype for n, t in flat(results).items() if not n.startswith(FACTS)} == {torch.bfloat16}
+    for step in pruned.stream(results).steps(IDS, again, batch_size=8, border=6):
+        step.pass_all_on()
+        step.finish({})
+    for first, n in ((0, 6), (6, 2)):
+        hidden = scratch.get("hidden-3", first, n)
+        torch.testing.assert_close(hidden, again.get("hidden-3", first, n), rtol=0, atol=0)
 
 
 # --- biases ---

@@ -157,3 +157,49 @@ def test_models_that_cannot_walk_layer_by_layer_are_refused(model, tmp_path, sho
     )
     with pytest.raises(RecipeError, match="refits linears layer by layer.*keys of layer 0.*Set reconstruction to none"):
         compress(model, tmp_path / "out", BIASED, short_text)
+
+
+# --- experts ---
+
+MIXTURE = f"llm-pruner[{QUICK},steps=0,adapter_rank=0,protect_first=0,protect_last=0"
+MIXTURE += ",reconstruction=least-squares]"
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> Path:
+    sizes = dict(hidden_size=32, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2)
+    folder = tmp_path_factory.mktemp("mixture") / "tiny"
+    return save(tiny_model("mixtral", **sizes).to(torch.bfloat16), folder, tokenizer=True)
+
+
+def test_refitted_stacks_of_experts_ship(mixture, tmp_path, short_text):
+    from transformers import AutoModelForCausalLM
+
+    made = compress(mixture, tmp_path / "out", MIXTURE, short_text)
+    refitted = {}
+    for path in (tmp_path / "out.run/measurements/reconstruction").glob("*.safetensors"):
+        refitted |= load_file(path)
+    stacks = [f"model.layers.{i}.mlp.experts.down_proj" for i in range(2)]
+    loaded = AutoModelForCausalLM.from_pretrained(made.artifact, dtype=torch.bfloat16).state_dict()
+    assert [tuple(refitted[name].shape) for name in stacks] == [(4, 32, 16)] * 2
+    assert all(torch.equal(loaded[name], refitted[name]) for name in stacks)
+    plain = compress(mixture, tmp_path / "plain", MIXTURE.replace("least-squares", "none"), short_text)
+    sliced = AutoModelForCausalLM.from_pretrained(plain.artifact, dtype=torch.bfloat16).state_dict()
+    assert not any(torch.equal(sliced[name], refitted[name]) for name in stacks)
+    rows = {row.linear: row for row in made.facts.reconstruction}
+    for name in stacks:
+        row = rows[name]
+        assert row.choice == "least-squares" and 1 <= row.experts <= 4 and row.error < row.error_sliced
+        assert row.tokens == 8 * 64 * 2, "every token is sent to two experts"
+    assert made.facts.sizes.predicted == made.facts.sizes.on_disk
+    assert "linears and stacks of experts were refitted" in made.report.read_text()
+
+
+def test_a_mixture_layer_by_layer_ends_in_the_same_bytes(
+    mixture, tmp_path, short_text, one_layer_at_a_time, monkeypatch
+):
+    made = compress(mixture, tmp_path / "streamed", MIXTURE, short_text)
+    assert made.facts.memory.layer_by_layer
+    monkeypatch.undo()
+    whole = compress(mixture, tmp_path / "whole", MIXTURE, short_text)
+    assert files(made.artifact) == files(whole.artifact)

@@ -10,7 +10,7 @@ from qpruner.do.reconstruct import read_facts, reconstruct, write_refitted
 from qpruner.job import Job
 from qpruner.model.scratch import Scratch
 from qpruner.model.stream import OnLayer
-from qpruner.model.surgery import bereft
+from qpruner.model.surgery import bereft, bereft_stacks
 from qpruner.run import digest_of
 
 TRIAL_WINDOWS = 8  # of calibration text that trials are refitted on: they are to be compared, not to ship
@@ -51,7 +51,8 @@ def reconstructed_on_trial(job: Job, kept: widths.Kept, folder: Path, scratch: S
 
 
 def _refits(job: Job, kept: widths.Kept) -> bool:
-    return job.plan(kept, 16).reconstruction is not None and bool(bereft(job.graph, kept))
+    lost = bereft(job.graph, kept) or bereft_stacks(job.graph, kept)
+    return job.plan(kept, 16).reconstruction is not None and bool(lost)
 
 
 def _refit(

@@ -16,7 +16,7 @@ from qpruner.model import cost, depth, load, memory
 from qpruner.model.discover import discover
 from qpruner.model.graph import Graph
 from qpruner.model.skeleton import build_skeleton
-from qpruner.model.surgery import bereft
+from qpruner.model.surgery import bereft, bereft_stacks
 from qpruner.plan import SPECS, Plan
 from qpruner.recipe import Recipe
 
@@ -217,13 +217,14 @@ def work_for(shape: Shape, recipe: Recipe, counts: widths.Counts, window: int) -
         sizes = {bits: shape.size(shape.plan(recipe, kept, bits)) for bits in {16, *recipe.bits}}
         candidates = sum(sizes[bits].linears for bits in recipe.bits if bits < 16)
         whole = 2 * sizes[16].total + candidates + 2 * sizes[16].adapters
-    moments = None
+    refits = []
     if recipe.reconstruction != "none":
         kept = widths.first_units(shape.graph, counts)
         # in scope `global` some layers keep more than others, all of their units at the most
         dims = cost.kept_shapes(shape.graph, kept) if recipe.scope == "layer" else {}
-        sizes = [dims.get(name, (site.d_out, site.d_in)) for name, site in bereft(shape.graph, kept).items()]
-        moments = max(sizes, key=lambda dims: dims[1] * sum(dims), default=None)
+        for name, site in (bereft(shape.graph, kept) | bereft_stacks(shape.graph, kept)).items():
+            n_experts = site.n_experts if name in shape.graph.stacks else 0
+            refits.append(memory.Refit(*dims.get(name, (site.d_out, site.d_in)), n_experts))
     return memory.Work(
         score=recipe.score,
         calibration=(recipe.calibration_windows, window),
@@ -236,7 +237,7 @@ def work_for(shape: Shape, recipe: Recipe, counts: widths.Counts, window: int) -
         measures_information=len(recipe.bits) > 1,
         measures_influence=measures_influence(recipe),
         whole_bytes=whole,
-        refits=moments,
+        refits=max(refits, key=lambda refit: refit.size_bytes, default=None),
         training_tokens=recipe.batch_size * window if recipe.steps and recipe.adapter_rank else 0,
     )
 

@@ -35,7 +35,32 @@ FORWARD_COPIES, BACKWARD_COPIES = 1.5, 3.0  # of what goes in and out of a layer
 TRAINING_COPIES = 2  # the same in every layer, with what dropout and adapters keep
 REFIT_TOKENS = 2048  # that go through a layer at once while linears are refitted
 REFIT_SQUARES, REFIT_PRODUCTS = 5, 7  # moments of two parts, what is solved and its factor; what is solved for
+EXPERT_MOMENTS = 2**30  # bytes of the moments of experts that are summed up at the same time
 ARENA, LIBRARIES = 96 * 2**20, 256 * 2**20  # what the allocator keeps besides; peft, the trainer and botorch
+
+
+@dataclass(frozen=True)
+class Refit:
+    """What least squares is asked for at once: a linear, or a stack of experts. k: inputs that are left."""
+
+    d_out: int
+    k: int
+    n_experts: int = 0
+
+    @property
+    def at_once(self) -> int:
+        """Maps whose moments are summed up at the same time; the text goes through the layer once for so many."""
+        return max(1, min(self.n_experts, EXPERT_MOMENTS // self._moments))
+
+    @property
+    def size_bytes(self) -> int:
+        solving = 8 * (REFIT_SQUARES * self.k * self.k + REFIT_PRODUCTS * self.k * self.d_out)
+        return solving + (self.at_once - 1) * self._moments + 4 * self.n_experts * self.k * self.d_out
+
+    @property
+    def _moments(self) -> int:
+        """Bytes of those of both parts of the text."""
+        return 2 * 8 * self.k * (self.k + self.d_out)
 
 
 @dataclass(frozen=True)
@@ -54,7 +79,7 @@ class Work:
     measures_influence: bool  # of whole layers
     whole_bytes: int | None  # of the pruned model in memory with its candidates and adapters, where a stage needs that
     training_tokens: int  # in one batch
-    refits: tuple[int, int] | None = None  # (d_out, inputs that are left) of the largest linear that is refitted
+    refits: Refit | None = None  # the largest
 
 
 @dataclass(frozen=True)
@@ -87,7 +112,9 @@ class Sizes:
         outside = [n for n in tensors if not n.startswith(tuple(f"{path}." for path in graph.layers))]
         self.ends = max(map(elements, outside), default=0)  # embedding and head are not there at the same time
         self.all = sum(map(elements, tensors))
-        widths = [sum(s.d_in + s.d_out for s in graph.linears.values() if s.layer == i) for i in range(len(inside))]
+        layers, ends = range(len(inside)), lambda sites, i: sum(s.d_in + s.d_out for s in sites if s.layer == i)
+        widths = [ends(graph.linears.values(), i) for i in layers]
+        self.expert_widths = max((ends(graph.stacks.values(), i) for i in layers), default=0)  # of one of each stack
         self.widest = max((site.d_in for site in graph.linears.values()), default=0)
         self.widths, self.all_widths = max(widths, default=0), sum(widths)
         self.n_units, self.n_layers = len(graph.projections), len(inside)
@@ -169,11 +196,10 @@ def stages_of(sizes: Sizes, work: Work, hidden_size: int, *, resident: bool) -> 
     if work.quantizes and work.whole_bytes is None:
         stages["quantizing"] = weights * 4 // item + LOFTQ_COPIES * sizes.matrix * 4
     if work.refits is not None:
-        d_out, k = work.refits
         both = 2 * weights + (sizes.all * 2 if resident else 0)  # refitted weights wait in memory, or on disk
-        through = FORWARD_COPIES * max(window, REFIT_TOKENS) * (sizes.widths * item + 4 * (d_out + k))
-        solving = 8 * (REFIT_SQUARES * k * k + REFIT_PRODUCTS * k * d_out)
-        stages["reconstruction"] = both + through + solving + states(4)
+        ends = (sizes.widths + sizes.expert_widths) * item + 4 * (work.refits.d_out + work.refits.k)
+        through = FORWARD_COPIES * max(window, REFIT_TOKENS) * ends
+        stages["reconstruction"] = both + through + work.refits.size_bytes + states(4)
     if work.whole_bytes is not None:
         training = work.training_tokens * 4 * (TRAINING_COPIES * sizes.all_widths + LOGIT_COPIES * work.vocabulary)
         stages[WHOLE] = work.whole_bytes + LIBRARIES + max(training, LOFTQ_COPIES * sizes.matrix * 4)

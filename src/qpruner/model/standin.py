@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
-MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm)
+from qpruner.model.products import factors_of, matrix_of
+
 CONVERSIONS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "detach"}
 
 
@@ -112,30 +112,13 @@ def view(func, args, kwargs):
 
 def product_of(func, args, kwargs) -> tuple[Origin, Product] | None:
     """The product that func computes, if it is one of x with a whole stand-in, or with that of an expert."""
-    if func is F.linear:
-        x, weight = (*args, *kwargs.values())[:2]
-        by_row = True
-    elif func in MATMULS or func is torch.addmm:
-        x, weight = args[1:3] if func is torch.addmm else args[:2]
-        by_row = False
-    else:
-        return None
+    x, weight, by_row = factors_of(func, args, kwargs) or (None, None, False)
     if not isinstance(weight, StandIn) or isinstance(x, StandIn) or not 2 <= weight.dim() <= 3:
         return None
+    name, whole = weight.origin.name, weight.origin.shape
     with torch._C.DisableTorchFunctionSubclass():
-        matrix = weight if by_row else weight.transpose(-1, -2)
-        (*experts, d_out, d_in), (*jump, down, across) = matrix.shape, matrix.stride()
-        offset = matrix.storage_offset()
-    *n_experts, first, second = weight.origin.shape
-    if (d_out, d_in, down, across) == (first, second, second, 1):
-        transposed = False
-    elif (d_out, d_in, down, across) == (second, first, 1, second):
-        transposed = True
-    else:
-        return None  # a part of a matrix
-    size = first * second
-    if experts and (experts != n_experts or jump != [size] or x.dim() != 3) or offset % size:
+        matrix = matrix_of(weight, by_row, whole)
+    if matrix is None or (matrix.expert is None and x.dim() != 3):
         return None
-    expert = None if experts else offset // size
-    n = n_experts[0] if n_experts else 0
-    return weight.origin, Product(weight.origin.name, x, n, expert, d_out, d_in, transposed)
+    n_experts = whole[0] if len(whole) == 3 else 0
+    return weight.origin, Product(name, x, n_experts, matrix.expert, matrix.d_out, matrix.d_in, matrix.transposed)

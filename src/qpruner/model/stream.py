@@ -127,10 +127,19 @@ class Stream:
         return Results(scratch, tuple(f"backward-{i}" for i in range(self.n_layers)))
 
     def steps(
-        self, ids: Tensor, scratch: Scratch, *, batch_size: int = 1, on_layer: OnLayer | None = None
+        self,
+        ids: Tensor,
+        scratch: Scratch,
+        *,
+        batch_size: int = 1,
+        border: int = 0,
+        on_layer: OnLayer | None = None,
     ) -> Iterator["Step"]:
-        """`forward` by hand, so that two models can walk side by side: the layers that are not finished, in order."""
-        yield from _Walk(self, ids, scratch, batch_size, on_layer, n_steps=self.n_layers).steps()
+        """`forward` by hand, so that two models can walk side by side: the layers that are not finished, in order.
+
+        border: no batch holds both windows before this one and windows from it on.
+        """
+        yield from _Walk(self, ids, scratch, batch_size, on_layer, n_steps=self.n_layers, border=border).steps()
 
     def results(self, scratch: Scratch) -> Results:
         """Of a walk whose steps are all finished."""
@@ -148,10 +157,13 @@ class Stream:
 class _Walk:
     """One pass, taken up where an earlier one with the same scratch stopped."""
 
-    def __init__(self, stream: Stream, ids: Tensor, scratch: Scratch, batch_size: int, on_layer, n_steps: int):
+    def __init__(
+        self, stream: Stream, ids: Tensor, scratch: Scratch, batch_size: int, on_layer, n_steps: int, border: int = 0
+    ):
         self._residence, self._stage, self._device = stream._residence, stream._stage, stream.device
         self._scratch, self._n_layers = scratch, stream.n_layers
-        self._batches = list(batches(ids, batch_size))
+        after = ((border + first, rows) for first, rows in batches(ids[border:], batch_size))
+        self._batches = [*batches(ids[:border], batch_size), *after]
         self._tensors, self._read_before = stream.tensors, stream.tensors.bytes_read
         self._on_layer, self._done, self._n_steps = on_layer, 0, n_steps
         self._start, self._tokens = time.monotonic(), 0

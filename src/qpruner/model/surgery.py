@@ -102,11 +102,11 @@ def add_biases_(model: nn.Module, names: Iterable[str]) -> None:
         )
 
 
-def refill_(linear: nn.Module, **tensors: Tensor) -> None:
-    """Other values for the weight, as the module stores it, or the bias of a linear."""
+def refill_(module: nn.Module, **tensors: Tensor) -> None:
+    """Other values for parameters of a module, as it stores them."""
     with torch.no_grad():
         for name, tensor in tensors.items():
-            getattr(linear, name).copy_(tensor)
+            getattr(module, name).copy_(tensor)
 
 
 def modules_of(group: Group) -> list[str]:
@@ -147,6 +147,12 @@ def bereft(graph: Graph, kept: Mapping[str, Sequence[int]]) -> dict[str, LinearS
     """The linears that lose inputs, in the model's order."""
     cut = remaining(graph, kept)
     return {n: site for n, site in graph.linears.items() if n in cut and len(cut[n][1]) < site.d_in}
+
+
+def bereft_stacks(graph: Graph, kept: Mapping[str, Sequence[int]]) -> dict[str, Stack]:
+    """The stacks whose experts lose inputs, in the model's order."""
+    cut = remaining(graph, kept)
+    return {n: s for n, s in graph.stacks.items() if n in cut and len(cut[n][1]) < s.n_experts * s.d_in}
 
 
 def _matrices(site: LinearSite | Stack) -> int:

@@ -211,6 +211,7 @@ class Refitted(Value):
 
     choice: `least-squares`, `bias`, or `sliced` where that did best. damping: taken. condition: of what was solved.
     error_sliced: of the weights as they were. error: of those that ship.
+    experts: of a stack of them, how many were refitted: the damping is their median, the condition the largest.
     """
 
     linear: str
@@ -221,6 +222,7 @@ class Refitted(Value):
     error_sliced: float | None
     error: float | None
     tokens: int
+    experts: int | None = None
 
 
 class Trial(Value):

@@ -96,11 +96,15 @@ def _reconstruction(facts: Facts) -> Numbers:
         (r.linear, r.choice, r.damping, r.condition, r.error_sliced, r.error, r.tokens) for r in facts.reconstruction
     ]
     refitted = [r for r in facts.reconstruction if r.choice != "sliced" and r.error_sliced]
-    said = [f"{len(refitted)} of {len(rows)} linears were refitted"]
+    stacks = [r for r in facts.reconstruction if r.experts is not None]
+    said = [f"{len(refitted)} of {len(rows)} linears{' and stacks of experts' if stacks else ''} were refitted"]
     if refitted:
         gone = sum(1 - r.error / r.error_sliced for r in refitted) / len(refitted)
         said.append(f"on the mean {gone:.0%} of their squared error is gone")
     head = ("linear", "choice", "damping", "condition number", "error, sliced", "error, refitted", "tokens")
+    if stacks:
+        head += ("experts refitted",)
+        rows = [(*row, r.experts) for row, r in zip(rows, facts.reconstruction, strict=True)]
     return Numbers(_sentence(said), head, rows)
 
 
