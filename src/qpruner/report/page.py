@@ -384,7 +384,7 @@ section.first {
 section.first > div { min-width: 0 }
 .lead, .small, figcaption, dt, .absent { color: var(--muted) }
 .small { font-size: .86rem; margin-top: .7rem }
-.lead { max-width: none }
+.lead { max-width: none; overflow-wrap: anywhere }
 .absent { overflow-wrap: anywhere; padding: .7rem 1rem; background: var(--box); border-radius: 6px; max-width: none }
 .warnings {
   margin-top: 1.6rem; padding: 1rem 1.3rem; border-left: 4px solid var(--warn);
