@@ -88,8 +88,8 @@ def study(matrix: Matrix, folder: Path, *, compress: Callable, on_progress: OnPr
         with a table and a plot.
     """
     place = Place(folder, compress, matrix.memory_limit, matrix.trust_remote_code, matrix.keep_artifacts)
+    cells = list(cells_of(matrix))  # refuses what cannot be served, before anything is written
     (folder / "cells").mkdir(parents=True, exist_ok=True)
-    cells = list(cells_of(matrix))
     finished = {cell.slug: _finished(cell, place) for cell in cells if place.record(cell).is_file()}
     missing = [cell for cell in cells if cell.slug not in finished]
     on_progress("study", len(finished), len(cells))
