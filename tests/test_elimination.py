@@ -65,6 +65,11 @@ def test_a_unit_is_scored_by_all_that_read_it(rand):
     assert not torch.equal(one, elimination_scores([(W, X.T @ X, units), (V, Y.T @ Y, units)], at_once=8))
 
 
+def test_units_that_nothing_comes_through_are_worth_nothing(rand):
+    scores = elimination_scores([(rand(4, 6), torch.zeros(6, 6, dtype=torch.float64), torch.arange(6)[:, None])])
+    assert (scores == 0).all()
+
+
 def test_permuting_units_permutes_scores(rand):
     X, W = rand(80, 10) @ rand(10, 10), rand(4, 10)
     order = torch.randperm(10, generator=torch.Generator().manual_seed(2))

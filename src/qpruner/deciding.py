@@ -50,7 +50,7 @@ def measure_scores(job: Job) -> tuple[dict[str, Tensor], Fused | None]:
     """One score for every unit; of a hybrid score also how its two became one."""
     windows = job.prepared.calibration.ids
     inputs = job.inputs(
-        score=job.recipe.score, fisher=job.recipe.fisher, precision=job.recipe.precision,
+        score=job.recipe.score, fisher=job.recipe.fisher,
         windows=digest_of(windows.tolist()),
     )  # fmt: skip
     scorer = scorer_of(job.recipe, windows.shape[1])
@@ -109,7 +109,7 @@ def worth_of_layers(job: Job, scores: Mapping[str, Tensor]) -> list[float]:
     if not measures_influence(job.recipe):
         return widths.layer_worth(job.graph, scores)
     windows = job.prepared.calibration.ids
-    inputs = job.inputs(windows=digest_of(windows.tolist()), precision=job.recipe.precision)
+    inputs = job.inputs(windows=digest_of(windows.tolist()))
     with job.scratch("layer-scores", inputs) as scratch:
         found = job.run.tensors(
             "layer_scores",

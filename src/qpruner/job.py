@@ -112,13 +112,14 @@ class Job:
         scratch.clear()
 
     def inputs(self, **facts) -> dict:
-        """What a stage depends on: the version, the model and the seed, which all do, and `facts`."""
+        """What a stage depends on: the version, the model, the precision and the seed, which all do, and `facts`."""
         refitted = {} if self.refitted_from is None else {"refitted": self.refitted_from}
         return {
             **refitted,
             "qpruner": __version__,
             "model": self.prepared.weights_digest,
             "architecture": self.shape.source.digest,
+            "precision": self.recipe.precision,
             "seed": self.prepared.seed,
             **facts,
         }

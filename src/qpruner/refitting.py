@@ -22,10 +22,10 @@ def reconstructed(job: Job, kept: widths.Kept) -> tuple[Job, list[dict]]:
     plan = job.plan(kept, 16)
     if not _refits(job, kept):
         return job, []
-    windows, recipe = job.prepared.calibration.ids, job.recipe
+    windows = job.prepared.calibration.ids
     inputs = job.inputs(
         kept=kept, layers=job.shape.layers, reconstruction=plan.reconstruction.model_dump(mode="json"),
-        added_biases=plan.added_biases, windows=digest_of(windows.tolist()), precision=recipe.precision,
+        added_biases=plan.added_biases, windows=digest_of(windows.tolist()),
     )  # fmt: skip
     with job.scratch("reconstruction", inputs) as ours, job.scratch("reconstruction-original", inputs) as theirs:
 

@@ -77,6 +77,8 @@ def elimination_scores(
     Source: arXiv:2302.04089 (ZipLM), equations 1 to 3, after Hassibi and Stork's optimal brain surgeon.
     """
     whole = sum(float(((W.double() @ C.double()) * W.double()).sum()) for W, C, _ in readers)
+    if whole == 0:  # no input ever came, so nothing is lost
+        return torch.zeros(len(readers[0][2]), dtype=torch.float64)
     state = [Reader.of(W, C, units, damping) for W, C, units in readers]
     n = len(readers[0][2])
     left, scores, level = torch.arange(n, device=readers[0][2].device), torch.zeros(n, dtype=torch.float64), 0.0
@@ -85,7 +87,7 @@ def elimination_scores(
         cheapest = left[errors.argsort(stable=True)[: 2 * at_once]]
         gone = []
         for unit, error in _cheapest_first([reader.only(cheapest) for reader in state], cheapest, at_once):
-            level = max(level * (1 + 1e-9), error / max(whole, 1e-300), 1e-300)  # never less than what went before
+            level = max(level * (1 + 1e-9), error / whole, 1e-300)  # never less than what went before
             scores[unit] = level
             gone.append(unit)
         if len(gone) < len(left):
