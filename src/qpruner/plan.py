@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qpruner.errors import BudgetError, PlanError
 
@@ -53,16 +53,68 @@ class Budget(Value):
         return f"{self.amount:g}{self.unit}"
 
 
-class QuantSpec(Value):
-    """How the weight of one linear layer is stored.
+GRIDS: dict[str, tuple[int, ...]] = {
+    "integer": (2, 3, 4, 5, 6, 8), "normal-float": (2, 3, 4), "ternary": (2,), "binary": (1,), "none": (16,),
+}  # fmt: skip
 
-    bits: per code; 16 means unquantized. grid: the code book. group_size: weights that share one scale, counted along
-    the input dimension; None means a whole row. Scales are float16.
+
+class QuantSpec(Value):
+    """How one linear layer is stored and what its inputs are rounded to.
+
+    bits: per code; 16 means unquantized. Ternary codes are of 2 bits and stored five to a byte, 1.6 bits each.
+    grid: the code book. group_size: weights that share one scale, counted along the input dimension; None means a whole
+        row.
+    symmetric: False adds to each group an integer zero point of `bits` bits; on the integer grid only.
+    scale_bits: 16 for float16. With fewer, scales are unsigned codes times one float16 step per row.
+    salient: input channels that are kept on an integer grid of `salient_bits` bits with one scale per row.
+    activation_bits: inputs are rounded to so many, symmetric, one scale for each token; 16 leaves them alone.
     """
 
-    bits: Literal[4, 8, 16]
-    grid: Literal["normal-float", "integer", "none"]
+    bits: Literal[1, 2, 3, 4, 5, 6, 8, 16]
+    grid: Literal["normal-float", "integer", "ternary", "binary", "none"]
     group_size: int | None = None
+    symmetric: bool = True
+    scale_bits: Literal[4, 6, 8, 16] = 16
+    salient: int = Field(default=0, ge=0)
+    salient_bits: Literal[4, 8] = 8
+    activation_bits: Literal[4, 8, 16] = 16
+
+    @model_validator(mode="after")
+    def _exists(self) -> "QuantSpec":
+        if self.bits not in GRIDS[self.grid]:
+            raise ValueError(
+                f"there is no {self.bits}-bit {self.grid} grid; {self.grid} has {', '.join(map(str, GRIDS[self.grid]))}"
+            )
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"group_size is {self.group_size}; it counts the weights that share a scale, 1 or more")
+        if not self.symmetric and self.grid != "integer":
+            raise ValueError(f"the {self.grid} grid has no zero points; symmetric=False goes with the integer grid")
+        if self.salient and self.salient_bits <= self.bits:
+            raise ValueError(f"salient channels have {self.salient_bits} bits, not above the {self.bits} of the others")
+        if self.grid == "none" and self != QuantSpec.model_construct(bits=16, grid="none"):
+            raise ValueError("a weight of 16 bits has no groups, scales, salient channels or rounded inputs")
+        return self
+
+    @property
+    def rest(self) -> "QuantSpec":
+        """Of the channels that are not salient; inputs are rounded before channels are told apart."""
+        return self.model_copy(update={"salient": 0, "salient_bits": 8, "activation_bits": 16})
+
+    @property
+    def high(self) -> "QuantSpec":
+        """Of the salient channels."""
+        return QuantSpec(bits=self.salient_bits, grid="integer")
+
+    def __str__(self) -> str:
+        if self.grid == "none":
+            return "16 bits"
+        words = [{"integer": f"int{self.bits}", "normal-float": f"nf{self.bits}"}.get(self.grid, self.grid)]
+        words += [f"g{self.group_size}"] * (self.group_size is not None)
+        words += ["asymmetric"] * (not self.symmetric)
+        words += [f"scales of {self.scale_bits} bits"] * (self.scale_bits < 16)
+        words += [f"+ {self.salient} channels int{self.salient_bits}"] * (self.salient > 0)
+        words += [f"inputs int{self.activation_bits}"] * (self.activation_bits < 16)
+        return " ".join(words)
 
 
 DENSE = QuantSpec(bits=16, grid="none")

@@ -19,6 +19,7 @@ from qpruner.model.discover import discover
 from qpruner.model.graph import Graph
 from qpruner.model.packed import PackedLinear
 from qpruner.model.skeleton import build_skeleton
+from qpruner.model.storage import EXACT
 from qpruner.model.surgery import add_biases_, narrow_
 from qpruner.plan import Plan
 
@@ -100,7 +101,7 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
 
 def _fill_(model: nn.Module, tensors: dict[str, torch.Tensor], dtype: torch.dtype, folder: Path) -> None:
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not name.endswith(".scales"):
+        if tensor.is_floating_point() and not name.endswith(EXACT):
             tensors[name] = tensor.to(dtype)
     result = model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
