@@ -16,7 +16,7 @@ from qpruner.do.quantize import Candidates
 from qpruner.errors import ModelError
 from qpruner.model import load
 from qpruner.model.surgery import narrow_
-from qpruner.plan import SPECS
+from qpruner.plan import Format
 
 IDS = torch.arange(3, 23)[None]
 
@@ -77,7 +77,7 @@ def test_a_changed_folder_is_refused(tmp_path):
     folder, *_ = compressed("llama", tmp_path, bits=(4, 8))
     plan = json.loads((folder / "plan.json").read_text())
     name = next(n for n, s in plan["specs"].items() if s["bits"] == 4)
-    plan["specs"][name] = SPECS[16].model_dump()
+    plan["specs"][name] = Format().spec(16).model_dump()
     (folder / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(ModelError, match="does not fit its plan"):
         AutoModelForCausalLM.from_pretrained(folder)
