@@ -17,7 +17,7 @@ from qpruner.do.quantize import Candidates
 from qpruner.errors import ModelError
 from qpruner.model import load
 from qpruner.model.surgery import narrow_
-from qpruner.plan import SPECS, QuantSpec
+from qpruner.plan import Format, QuantSpec
 
 IDS = torch.arange(3, 23)[None]
 MIXED = [
@@ -44,7 +44,7 @@ def compressed(family: str, folder, *, bits: tuple[int, ...], rank: int = 2):
     drawn = itertools.cycle(draw.sample(bits, len(bits)))
     mixture = {name: b for p, b in zip(shape.graph.projections, drawn, strict=False) for name in p.linears}
     plan = shape.plan(recipe.load(f"qpruner[adapter_rank={rank}]"), kept, dict.fromkeys(mixture, 16))
-    specs = {name: SPECS[b] if isinstance(b, int) else b for name, b in mixture.items()}
+    specs = {name: Format().spec(b) if isinstance(b, int) else b for name, b in mixture.items()}
     plan = plan.model_copy(update={"specs": specs})
     model = load.load_model(source)
     narrow_(model, shape.graph, plan.kept)
@@ -99,7 +99,7 @@ def test_a_changed_folder_is_refused(tmp_path):
     folder, *_ = compressed("llama", tmp_path, bits=(4, 8))
     plan = json.loads((folder / "plan.json").read_text())
     name = next(n for n, s in plan["specs"].items() if s["bits"] < 16 and n.endswith("o_proj"))  # not fused with others
-    plan["specs"][name] = SPECS[16].model_dump()
+    plan["specs"][name] = Format().spec(16).model_dump()
     (folder / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(ModelError, match="does not fit its plan"):
         AutoModelForCausalLM.from_pretrained(folder)

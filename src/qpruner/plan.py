@@ -119,10 +119,39 @@ class QuantSpec(Value):
         return " ".join(words)
 
 
+class Format(Value):
+    """How weights are stored at any bits: the keys of a recipe that say so; field meanings are those of `QuantSpec`.
+
+    grid: None for the usual one: normal-float at 4 bits, binary at 1, integer otherwise. group_size: None for the usual
+        one: whole rows at 8 bits, 64 otherwise; 0 for whole rows.
+    """
+
+    grid: Literal["integer", "normal-float", "ternary", "binary"] | None = None
+    group_size: int | None = Field(default=None, ge=0)
+    symmetric: bool = True
+    scale_bits: Literal[4, 6, 8, 16] = 16
+    salient: int = Field(default=0, ge=0)
+    salient_bits: Literal[4, 8] = 8
+    activation_bits: Literal[4, 8, 16] = 16
+
+    def spec(self, bits: int) -> QuantSpec:
+        """How a linear is stored at so many bits. A grid that has no such width gives way to the usual one."""
+        if bits == 16:
+            return DENSE
+        usual = {1: "binary", 4: "normal-float"}.get(bits, "integer")
+        grid = self.grid if self.grid is not None and bits in GRIDS[self.grid] else usual
+        group_size = (None if bits == 8 else 64) if self.group_size is None else self.group_size or None
+        salient = self.salient if self.salient_bits > bits else 0
+        return QuantSpec(
+            bits=bits, grid=grid, group_size=group_size, symmetric=self.symmetric or grid != "integer",
+            scale_bits=self.scale_bits, salient=salient, salient_bits=self.salient_bits if salient else 8,
+            activation_bits=self.activation_bits,
+        )  # fmt: skip
+
+
 DENSE = QuantSpec(bits=16, grid="none")
 NF4 = QuantSpec(bits=4, grid="normal-float", group_size=64)
 INT8 = QuantSpec(bits=8, grid="integer")
-SPECS: dict[int, QuantSpec] = {4: NF4, 8: INT8, 16: DENSE}
 
 
 class Recovery(Value):
@@ -148,6 +177,28 @@ class Reconstruction(Value):
     held_out: float
 
 
+class Rounding(Value):
+    """How weights find their codes. Field meanings are those of the recipe's keys of the same names.
+
+    method: `nearest` looks at weights alone; `gptq` makes up for each rounding in the weights that are not rounded yet.
+    """
+
+    method: Literal["nearest", "gptq"] = "nearest"
+    ranges: Literal["absmax", "mse", "half-quadratic"] = "absmax"
+    propagation: bool = False
+    dampings: tuple[float, ...] = ()
+    held_out: float = 0.25
+    transforms: tuple[Literal["rotate", "rescale"], ...] = ()
+    layer_steps: int = 0
+    network_steps: int = 0
+    tuning_batch: int = 8
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether calibration text goes through the model for it."""
+        return self.method != "nearest" or bool(self.layer_steps or self.network_steps)
+
+
 class Plan(Value):
     """Everything that will be done to a model, complete: it decides every group and every linear of its decoder layers.
 
@@ -159,6 +210,7 @@ class Plan(Value):
     reconstruction: of the linears that lost inputs, right after the cuts; None for slicing alone.
     added_biases: linears that get a bias they did not have.
     specs: for every linear inside the decoder layers.
+    rounding: how weights find their codes.
     adapter_ranks: rank of the adapter of each linear that gets one; empty for no adapters.
     adapters: whether adapters are stored beside the base or merged into it.
     """
@@ -171,6 +223,7 @@ class Plan(Value):
     reconstruction: Reconstruction | None = None
     added_biases: tuple[str, ...] = ()
     specs: dict[str, QuantSpec]
+    rounding: Rounding = Rounding()
     adapter_ranks: dict[str, int] = {}
     adapters: Literal["beside", "merged"] = "beside"
     recovery: Recovery = Recovery()
