@@ -1,4 +1,4 @@
-"""Codes, scales and zero points learned by gradient descent, after rounding found them.
+"""Codes and scales learned by gradient descent, after rounding found them.
 
 Of one layer: its output is to be the original's, from what the compressed layers before it put out. Of the whole model:
 its predictions are to be the original's (Kullback-Leibler divergence, so every token teaches as much as the vocabulary
@@ -7,7 +7,7 @@ out: where learning did not help on it, everything stays as it was.
 
 Sources: AutoRound (arXiv:2309.05516) learns rounding and ranges of a layer by signed gradients; EfficientQAT
 (arXiv:2407.11062) all of a block, then scales end to end; LLM-QAT (arXiv:2305.17888) distils from the original. Adam on
-latents in units of their scale is ours: a step of 0.01 means the same for every weight.
+latents in units of their scale is ours: a step of 0.02 means the same for every weight.
 """
 
 import math
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from qpruner.model.learned import LearnedLinear, packed_linears
 from qpruner.model.stream import Step
 
-LATENTS_RATE, GROWTHS_RATE, ZEROS_RATE, VECTORS_RATE = 1e-2, 5e-3, 5e-2, 1e-3  # Adam's; latents in units of a scale
+LATENTS_RATE, GROWTHS_RATE, VECTORS_RATE = 2e-2, 1e-3, 1e-3  # Adam's; latents in units of a scale
 LOGITS_AT_ONCE = 2**24  # elements, of either model
 WARMUP = 0.05  # of the steps
 
@@ -175,22 +175,20 @@ def _descend(
     on_step: OnStep | None,
 ) -> Tuned:
     """loss_of: of so many numbers of windows or batches; calls backward itself where gradients are asked for."""
-    groups = {
-        LATENTS_RATE: [linear.latents for linear in learned.linears.values()],
-        GROWTHS_RATE: [linear.growths for linear in learned.linears.values()],
-        ZEROS_RATE: [linear.zeros for linear in learned.linears.values() if linear.zeros is not None],
-        VECTORS_RATE: vectors,
-    }
-    optimizer = torch.optim.Adam(
-        [{"params": parameters, "lr": rate} for rate, parameters in groups.items() if parameters], betas=(0.9, 0.99)
-    )
+    groups = [
+        (LATENTS_RATE, [linear.latents for linear in learned.linears.values()]),
+        (GROWTHS_RATE, [linear.growths for linear in learned.linears.values()]),
+        (VECTORS_RATE, vectors),
+    ]
+    parameters = [p for _, some in groups for p in some]
+    optimizer = torch.optim.Adam([{"params": some, "lr": rate} for rate, some in groups if some], betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, steps))
     every = max(1, steps // 50)
     curve, recent = [], []
     with torch.no_grad():
         before = float(loss_of(held_out))
     with torch.inference_mode(False), torch.enable_grad():
-        for p in sum(groups.values(), []):
+        for p in parameters:
             p.requires_grad_(True)
         for step, numbers in zip(range(1, steps + 1), shuffled(n_learned, batch_size, seed), strict=False):
             optimizer.zero_grad()
@@ -202,7 +200,7 @@ def _descend(
                 recent = []
                 if on_step is not None:
                     on_step(step, steps, curve[-1][1])
-        for p in sum(groups.values(), []):
+        for p in parameters:
             p.requires_grad_(False)
             p.grad = None
     with torch.no_grad():

@@ -16,8 +16,8 @@ from qpruner.model.packed_products import rounded_tokens
 class LearnedLinear(nn.Linear):
     """A packed linear, unpacked for learning. What it computes is always what would be stored. Final.
 
-    Parameters: `latents`, weights in units of their scale; `growths`, the logarithm of what scales are multiplied by;
-    `zeros` where the spec has zero points. All float32.
+    Parameters: `latents`, weights in units of their scale; `growths`, the logarithm of what scales are multiplied by.
+    Both float32. Zero points stay: rates that move them at all make it worse.
     """
 
     def __init__(self, packed: PackedLinear, W: Tensor | None = None):
@@ -29,18 +29,17 @@ class LearnedLinear(nn.Linear):
         scales = grids.decoded_scales(rounded, self.spec)
         self.register_buffer("scales", scales)
         self.growths = nn.Parameter(torch.zeros_like(scales))
-        self.zeros = None if rounded.zeros is None else nn.Parameter(rounded.zeros.float())
+        self.register_buffer("zeros", rounded.zeros)
         W = packed.dequantize() if W is None else W.float()
         self.latents = nn.Parameter(latents_near(W, rounded.codes, scales, rounded.zeros, self.spec))
 
     @property
     def weight(self) -> Tensor:
-        """(out_features, in_features), as it would be stored; gradients reach latents, growths and zeros."""
+        """(out_features, in_features), as it would be stored; gradients reach latents and growths."""
         spec, d = self.spec, self.in_features
         values = Snap.apply(self.latents, spec)
         if self.zeros is not None:
-            zeros = self.zeros.detach().round().clamp(0, 2**spec.bits - 1)
-            values = values - spread(Nudge.apply(self.zeros, zeros), spec.group_size, d)
+            values = values - spread(self.zeros, spec.group_size, d)
         return values * spread(self._scales(), spec.group_size, d)
 
     def _scales(self) -> Tensor:
@@ -62,9 +61,7 @@ class LearnedLinear(nn.Linear):
         with torch.no_grad():
             scales, steps = grids.stored_scales(self.scales * self.growths.exp(), self.spec, up=False)
             codes = index_(self.latents.clone(), self.spec)
-            top = 2**self.spec.bits - 1
-            zeros = None if self.zeros is None else self.zeros.round().clamp(0, top).to(torch.uint8)
-        return PackedLinear.from_rounded(grids.Rounded(codes, scales, steps, zeros), self.bias, self.spec)
+        return PackedLinear.from_rounded(grids.Rounded(codes, scales, steps, self.zeros), self.bias, self.spec)
 
 
 def packed_linears(module: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
