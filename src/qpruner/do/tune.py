@@ -7,7 +7,7 @@ out: where learning did not help on it, everything stays as it was.
 
 Sources: AutoRound (arXiv:2309.05516) learns rounding and ranges of a layer by signed gradients; EfficientQAT
 (arXiv:2407.11062) all of a block, then scales end to end; LLM-QAT (arXiv:2305.17888) distils from the original. Adam on
-latents in units of their scale is ours: a step of 0.02 means the same for every weight.
+latents counted in steps of their grid is ours: a rate of 0.02 means the same for every weight.
 """
 
 import math
@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qpruner.math.straight import mean_gap
 from qpruner.model.learned import LearnedLinear, packed_linears
 from qpruner.model.stream import Step
 
-LATENTS_RATE, GROWTHS_RATE, VECTORS_RATE = 2e-2, 1e-3, 1e-3  # Adam's; latents in units of a scale
+LATENTS_RATE, GROWTHS_RATE, VECTORS_RATE = 2e-2, 1e-3, 2e-3  # Adam's; latents in steps between values of the grid
 LOGITS_AT_ONCE = 2**24  # elements, of either model
 WARMUP = 0.05  # of the steps
 
@@ -175,9 +176,10 @@ def _descend(
     on_step: OnStep | None,
 ) -> Tuned:
     """loss_of: of so many numbers of windows or batches; calls backward itself where gradients are asked for."""
+    linears = learned.linears.values()
     groups = [
-        (LATENTS_RATE, [linear.latents for linear in learned.linears.values()]),
-        (GROWTHS_RATE, [linear.growths for linear in learned.linears.values()]),
+        *((LATENTS_RATE * mean_gap(linear.spec), [linear.latents]) for linear in linears),
+        (GROWTHS_RATE, [linear.growths for linear in linears]),
         (VECTORS_RATE, vectors),
     ]
     parameters = [p for _, some in groups for p in some]

@@ -26,6 +26,11 @@ def on_grid(u: Float[Tensor, "out d"], spec: QuantSpec) -> Bool[Tensor, "out d"]
     return (u >= low) & (u <= high)
 
 
+def mean_gap(spec: QuantSpec) -> float:
+    """Between neighbouring values of the book, in units of the scale."""
+    return book(spec).diff().mean().item()
+
+
 class Snap(torch.autograd.Function):
     """The nearest value of the book."""
 
