@@ -12,7 +12,6 @@ Ranges (scales and zeros) come first, then what is stored of them, then codes: t
 are stored. Scales that must not clip are rounded up to what can be stored.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from qpruner.math.books import book, index_
 from qpruner.math.groups import by_group, group_count
+from qpruner.math.halves import finite_half, half_at_least
 from qpruner.math.ranges import RANGES, Ranges, absmax
 from qpruner.plan import QuantSpec
 
@@ -142,27 +142,6 @@ def decode(
 
 def decoded_scales(rounded: Rounded, spec: QuantSpec) -> Float[Tensor, "out n"]:
     return decode(rounded.scales, rounded.steps)
-
-
-def half_at_least(x: Float[Tensor, "out n"]) -> Float16[Tensor, "out n"]:
-    """The smallest float16 that is not below x >= 0."""
-    near = x.half()
-    # Bits of floats >= 0 ascend with their value. Not torch.nextafter: not every device has it for float16.
-    above = (near.view(torch.int16) + 1).view(torch.float16)
-    return finite_half(x, torch.where(near.to(x.dtype) < x, above, near))
-
-
-def finite_half(x: Float[Tensor, "out n"], scales: Float16[Tensor, "out n"] | None = None) -> Float16[Tensor, "out n"]:
-    """x as float16, or `scales` that stand for it, if those are numbers."""
-    scales = x.half() if scales is None else scales
-    if not torch.isfinite(scales).all():
-        largest = x.max().item()
-        raise ValueError(
-            f"a group of weights needs a scale of {largest:g}, beyond the largest float16, 65504; keep it in 16 bits"
-            if math.isfinite(largest)
-            else "the weight has values that are not finite"
-        )
-    return scales
 
 
 def scale_(
