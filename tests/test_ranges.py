@@ -49,7 +49,7 @@ def test_a_search_finds_nearly_the_best_range_there_is(rand, spec):
                 grid = (book(spec) - zero) * sign * scale
                 nearest = (W[..., None] - grid * largest[..., None]).abs().amin(-1)
                 best = torch.minimum(best, nearest.square().sum(1))
-    assert (found.sum() <= best.sum() * 1.01) and (found <= best * 1.25).all()
+    assert (found.sum() <= best.sum() * 1.02) and (found <= best * 1.5).all()
 
 
 @pytest.mark.parametrize("spec", [s for s in HALVES if s.bits in (2, 4)], ids=str)

@@ -67,7 +67,8 @@ class QuantSpec(Value):
     symmetric: False adds to each group an integer zero point of `bits` bits; on the integer grid only.
     scale_bits: 16 for float16. With fewer, scales are unsigned codes times one float16 step per row.
     salient: input channels that are kept on an integer grid of `salient_bits` bits with one scale per row.
-    activation_bits: inputs are rounded to so many, symmetric, one scale for each token; 16 leaves them alone.
+    activation_bits: inputs are rounded to so many, symmetric, one scale for each token; 16 leaves them alone. Those of
+        salient channels have scales of their own, and `salient_bits` if that is more.
     """
 
     bits: Literal[1, 2, 3, 4, 5, 6, 8, 16]
@@ -97,13 +98,14 @@ class QuantSpec(Value):
 
     @property
     def rest(self) -> "QuantSpec":
-        """Of the channels that are not salient; inputs are rounded before channels are told apart."""
-        return self.model_copy(update={"salient": 0, "salient_bits": 8, "activation_bits": 16})
+        """Of the channels that are not salient."""
+        return self.model_copy(update={"salient": 0, "salient_bits": 8})
 
     @property
     def high(self) -> "QuantSpec":
         """Of the salient channels."""
-        return QuantSpec(bits=self.salient_bits, grid="integer")
+        rounded = 16 if self.activation_bits == 16 else max(self.activation_bits, self.salient_bits)
+        return QuantSpec(bits=self.salient_bits, grid="integer", activation_bits=rounded)
 
     def __str__(self) -> str:
         if self.grid == "none":

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from qpruner.errors import PlanError, listed
+from qpruner.model.check import check_fused, check_salient
 from qpruner.model.graph import Graph, LinearSite, Stack
 from qpruner.model.storage import stored_parts
 from qpruner.model.surgery import remaining, remaining_slices
@@ -143,6 +144,9 @@ def stored_tensors(
     check_names(graph, plan)
     stored = {name: (dtype if d in WIDE else d, shape) for name, (d, shape) in tensors.items()}
     shapes = kept_shapes(graph, plan.kept)
+    origin = f"plan for {plan.model_name!r}"
+    check_fused(plan.specs, graph, origin=origin)
+    check_salient(plan.specs, shapes, origin=origin)
     for name, site in graph.linears.items():
         (d_out, d_in), spec = shapes[name], plan.specs[name]
         weight, bias = f"{name}.weight", f"{name}.bias"
@@ -240,7 +244,7 @@ def safetensors_header(
 def predict_size(tensors: Mapping[str, TensorSpec], graph: Graph, plan: Plan, dtype: str = "BF16") -> StoredSize:
     """Size of the artifact's tensor files: model.safetensors, and adapter_model.safetensors if there are adapters."""
     base, adapters = stored_tensors(tensors, graph, plan, dtype), adapter_tensors(graph, plan, dtype)
-    parts = {name: weight_tensors(1, 1, plan.specs[name], dtype) for name in graph.linears}
+    parts = {name: weight_tensors(1, 1 + plan.specs[name].salient, plan.specs[name], dtype) for name in graph.linears}
     weights = {f"{name}.{part}" for name in graph.linears for part in parts[name]} | {*graph.stacks}
     inside = tuple(f"{layer}." for layer in graph.layers)
     sizes = {"linears": 0, "embeddings": 0, "other": 0}

@@ -116,6 +116,13 @@ class PackedLinear(nn.Linear):
         grids.scale_(values, self.scales_of(rows), self.zeros_of(rows), group_size=spec.group_size)
         return values.to(dtype)
 
+    def integers_of(self, rows: slice) -> Tensor:
+        """The codes of a symmetric integer grid as int8 numbers."""
+        if signed_bytes(self.spec):
+            return self.codes[rows]
+        codes = packing.unpack(self.codes[rows], self.spec.bits, self.in_features)
+        return codes.view(torch.int8) - 2 ** (self.spec.bits - 1)
+
     def scales_of(self, rows: slice) -> Tensor:
         """(rows, groups), float32."""
         if self.steps is None:

@@ -1,4 +1,4 @@
-"""What a packed linear stores: names, dtypes and shapes of its tensors, by spec."""
+"""What a quantized linear stores: names, dtypes and shapes of its tensors, by spec."""
 
 from qpruner.math.groups import group_count
 from qpruner.math.packing import TERNARY, Width, row_bytes
@@ -18,8 +18,14 @@ def signed_bytes(spec: QuantSpec) -> bool:
     return spec.bits == 8 and spec.symmetric
 
 
-def stored_parts(d_out: int, d_in: int, spec: QuantSpec) -> dict[str, tuple[str, tuple[int, int]]]:
+def stored_parts(d_out: int, d_in: int, spec: QuantSpec) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Attribute -> (dtype as safetensors calls it, shape)."""
+    if spec.salient:
+        of_rest = stored_parts(d_out, d_in - spec.salient, spec.rest)
+        of_high = stored_parts(d_out, spec.salient, spec.high)
+        split = {f"rest.{part}": tensor for part, tensor in of_rest.items()}
+        split |= {f"high.{part}": tensor for part, tensor in of_high.items()}
+        return split | {"salient": ("I32", (spec.salient,))}
     n = group_count(d_in, spec.group_size)
     parts = {"codes": ("I8" if signed_bytes(spec) else "U8", (d_out, row_bytes(d_in, code_width(spec))))}
     if spec.scale_bits == 16:
