@@ -44,7 +44,7 @@ def compressed(family: str, folder, *, bits: tuple[int, ...], rank: int = 2):
     drawn = itertools.cycle(draw.sample(bits, len(bits)))
     mixture = {name: b for p, b in zip(shape.graph.projections, drawn, strict=False) for name in p.linears}
     plan = shape.plan(recipe.load(f"qpruner[adapter_rank={rank}]"), kept, dict.fromkeys(mixture, 16))
-    specs = {name: SPECS[b] if isinstance(b, int) else b for name, b in mixture.items()}
+    specs = {name: Format().spec(b) if isinstance(b, int) else b for name, b in mixture.items()}
     plan = plan.model_copy(update={"specs": specs})
     model = load.load_model(source)
     narrow_(model, shape.graph, plan.kept)

@@ -54,6 +54,27 @@ class Feedback:
         U = hessian_factor(G[order][:, order], damping)
         return cls(order, U / U.diagonal()[:, None])
 
+    def of_first(self, n: int) -> "Feedback":
+        """Of the inputs that are visited first, numbered by themselves as they were."""
+        return Feedback(_ranks(self.order[:n]), self.R[:n, :n])
+
+    def of_rest(self, n: int) -> "Feedback":
+        """Of all other inputs."""
+        return Feedback(_ranks(self.order[n:]), self.R[n:, n:])
+
+    def made_up(self, W: Float[Tensor, "out d"], q: Float[Tensor, "out n"]) -> Float[Tensor, "out m"]:
+        """The weight of the rest, inputs ascending, once the n first inputs have the weights q."""
+        n, R = q.shape[1], self.R.to(W)
+        errors = torch.linalg.solve_triangular(R[:n, :n], W[:, self.order[:n]] - q, upper=True, left=False)
+        made_up = torch.empty_like(W[:, n:])
+        made_up[:, _ranks(self.order[n:])] = W[:, self.order[n:]] - errors @ R[:n, n:]
+        return made_up
+
+
+def _ranks(places: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """Which of the places comes how far in ascending order."""
+    return torch.argsort(torch.argsort(places))
+
 
 def hessian_factor(G: Float[Tensor, "d d"], damping: float) -> Float[Tensor, "d d"]:
     """U, in float64. An input that is always zero loses nothing; damping grows tenfold until the matrix is definite."""
