@@ -9,8 +9,8 @@ Notation
 
 How far to go is decided by the error of Q on tokens that nothing was fitted to. With a bias, errors of the mean are its
 to make up for: the Gram matrix is then that of inputs less their mean.
-Source: GPTAQ, arXiv 2504.02692, and QEP (github.com/FujitsuResearch/qep), which move weights in closed form by a
-strength that is set beforehand.
+Source: GPTAQ, arXiv 2504.02692, and QEP, arXiv 2504.09629, which move weights in closed form by a strength that is set
+beforehand.
 """
 
 import math
@@ -25,7 +25,7 @@ from qpruner.math.least_squares import Moments, mean_bias, repair, repairs, squa
 from qpruner.math.salient import Parts, Rounding
 from qpruner.plan import QuantSpec
 
-STACKED_WEIGHTS = 2**22  # of candidates that are rounded together: bounds the temporaries
+STACKED_WEIGHTS = 2**22  # of candidates that are rounded together: bounds the temporaries, as `Rounds` foresees
 
 
 @dataclass(frozen=True)
