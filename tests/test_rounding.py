@@ -186,7 +186,8 @@ def test_what_tunes_a_layer_has_the_last_word():
     case = Case("llama", GPTQ)
     seen = []
 
-    def tune(theirs, ours, layers):
+    def tune(theirs, ours, layers, weights):
+        assert weights.keys() == layers.keys()
         seen.append((theirs, ours.index, sorted(layers)))
         return {**layers, "mlp.up_proj": layers["mlp.gate_proj"]}
 

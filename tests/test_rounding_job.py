@@ -126,3 +126,24 @@ def test_what_cannot_be_done_is_refused(model, tmp_path, short_text, monkeypatch
     )
     with pytest.raises(RecipeError, match="rounds linears layer by layer.*keys of layer 0.*Set rounding to nearest"):
         compress(model, tmp_path / "out", GPTAQ, short_text)
+
+
+def test_codes_are_learned_from_predictions_and_ship(model, tmp_path, short_text):
+    recipe = GPTAQ.replace("gptaq[", "gptaq[bits=[2],group_size=8,network_steps=6,tuning_batch=2,")
+    made = compress(model, tmp_path / "out", recipe, short_text)
+    stored, learned = load_file(made.artifact / "model.safetensors"), tmp_path / "out.run/measurements/tuning"
+    found = load_file(learned / "tuned.safetensors")
+    assert sum(name.endswith(".codes") for name in found) == 21
+    assert all(torch.equal(stored[name], tensor.to(stored[name].dtype)) for name, tensor in found.items())
+    before = found_in(tmp_path / "out.run")
+    tuned = json.loads((learned / "tuning.json").read_text())
+    changed = any(not torch.equal(before[name], found[name]) for name in before)
+    assert changed == (tuned["after"] < tuned["before"]) and len(tuned["curve"]) == 6
+
+
+def test_codes_are_learned_layer_by_layer(model, tmp_path, short_text, one_layer_at_a_time):
+    recipe = GPTAQ.replace("gptaq[", "gptaq[bits=[2],group_size=8,layer_steps=8,")
+    compress(model, tmp_path / "tuned", recipe, short_text)
+    compress(model, tmp_path / "plain", recipe.replace("layer_steps=8", "layer_steps=0"), short_text)
+    tuned, plain = found_in(tmp_path / "tuned.run"), found_in(tmp_path / "plain.run")
+    assert tuned.keys() == plain.keys() and any(not torch.equal(tuned[name], plain[name]) for name in plain)

@@ -20,6 +20,7 @@ from qpruner.model.surgery import bereft, bereft_stacks
 from qpruner.plan import Plan
 from qpruner.recipe import Recipe
 
+LEARNED_COPIES = 6  # of linears in float32: latents, gradients, two averages of them, and what is made of them
 EVALUATION_BATCH, LOGITS_AT_ONCE = 8, 2**26  # windows, elements
 
 
@@ -198,7 +199,11 @@ def any_layers(shape: Shape, recipe: Recipe, limit_bytes: int) -> Shape:
 
 def needs_all_in_memory(recipe: Recipe) -> bool:
     searched = len(recipe.bits) > 1 and recipe.allocation in ("sensitivity", "bayesian")
-    return searched or (recipe.steps > 0 and recipe.adapter_rank > 0)
+    return searched or tunes_network(recipe) or (recipe.steps > 0 and recipe.adapter_rank > 0)
+
+
+def tunes_network(recipe: Recipe) -> bool:
+    return recipe.network_steps > 0 and recipe.bits[0] < 16
 
 
 def forecast_for(
@@ -217,6 +222,8 @@ def work_for(shape: Shape, recipe: Recipe, counts: widths.Counts, window: int) -
         sizes = {bits: shape.size(shape.plan(recipe, kept, bits)) for bits in {16, *recipe.bits}}
         candidates = sum(sizes[bits].linears for bits in recipe.bits if bits < 16)
         whole = 2 * sizes[16].total + candidates + 2 * sizes[16].adapters
+        if tunes_network(recipe):
+            whole += LEARNED_COPIES * 2 * sizes[16].linears
     refits = []
     if recipe.reconstruction != "none":
         kept = widths.first_units(shape.graph, counts)
@@ -246,7 +253,10 @@ def work_for(shape: Shape, recipe: Recipe, counts: widths.Counts, window: int) -
         whole_bytes=whole,
         refits=max(refits, key=lambda refit: refit.size_bytes, default=None),
         rounds=max(rounds, key=lambda each: each.size_bytes, default=None),
-        training_tokens=recipe.batch_size * window if recipe.steps and recipe.adapter_rank else 0,
+        training_tokens=max(
+            recipe.batch_size * window if recipe.steps and recipe.adapter_rank else 0,
+            recipe.tuning_batch * window if tunes_network(recipe) else 0,
+        ),
     )
 
 

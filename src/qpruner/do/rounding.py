@@ -25,9 +25,9 @@ from qpruner.model.stream import OnLayer, Results, Step, Stream
 from qpruner.model.surgery import refill_, remaining
 from qpruner.plan import Plan, QuantSpec
 
-# May change the quantized linears of a layer, by inner name, once all of them are rounded and their weights are in the
-# layer. The first step is the original's, None where it does not walk along.
-Tune = Callable[[Step | None, Step, Mapping[str, Quantized]], Mapping[str, Quantized]]
+# May change the quantized linears of a layer, by inner name, once all of them are rounded. They stand in the layer of
+# the second step, and the original's, the first, has passed on. Last come the weights that they stand for.
+Tune = Callable[[Step, Step, Mapping[str, Quantized], Mapping[str, Tensor]], Mapping[str, Quantized]]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def round_(
     """
     propagates = plan.rounding.propagation
     assert original is not None or not propagates
-    border = n_fitted(len(windows), plan.rounding.held_out) if propagates else len(windows)
+    border = len(windows) if original is None else n_fitted(len(windows), plan.rounding.held_out)
     rows = remaining(graph, plan.kept)
     if original is None:
         size = max(1, REFIT_TOKENS // windows.shape[1])
@@ -131,6 +131,7 @@ class _Layer:
     ):
         self._theirs, self._ours, self._rounding = theirs, ours, plan.rounding
         self._rows, self._border, self._dtype = rows, border, dtype
+        self._weights: dict[str, Tensor] = {}  # as they were before they were rounded
         path = graph.layers[ours.index] + "."
         self._sets = [
             _Set({name.removeprefix(path): graph.linears[name] for name in fused.linears}, plan.specs[fused.linears[0]])
@@ -155,15 +156,26 @@ class _Layer:
                 made, found = self._round(sets[inner], junction, later)
                 layers |= made
                 facts |= {FACTS + site.name: found.clone() for site in sets[inner].sites.values()}
-        if tune is not None:
-            layers = dict(tune(self._theirs, self._ours, layers))
-            self._put(layers)
-        for step in (self._theirs, self._ours):
-            if step is not None:
-                step.pass_all_on()
+        if self._theirs is not None:
+            self._theirs.pass_all_on()
+        if tune is not None and layers:
+            layers = self._tuned(tune, layers)
+        self._ours.pass_all_on()
         names = {inner: site.name for of in self._sets for inner, site in of.sites.items()}
         found = {f"{names[inner]}.{key}": t for inner, layer in layers.items() for key, t in layer.state_dict().items()}
         return facts | {key: t.to(self._dtype) if key.endswith(".bias") else t for key, t in found.items()}
+
+    def _tuned(self, tune: Tune, layers: dict[str, Quantized]) -> dict[str, Quantized]:
+        dense = {inner: self._ours.layer.get_submodule(inner) for inner in layers}
+        for inner, quantized in layers.items():
+            self._ours.layer.set_submodule(inner, quantized)
+        try:
+            tuned = dict(tune(self._theirs, self._ours, layers, self._weights))
+        finally:
+            for inner, linear in dense.items():
+                self._ours.layer.set_submodule(inner, linear)
+        self._put(tuned)
+        return tuned
 
     def _junctions(self, sets: list[_Set]) -> dict[str, Junction]:
         """Where the sum is that a set joins, in the order of the calls. Linears that share an input join none."""
@@ -210,6 +222,7 @@ class _Layer:
         sites = {inner: site for of in self._sets for inner, site in of.sites.items()}
         for inner, quantized in made.items():
             linear, Q = self._ours.layer.get_submodule(inner), quantized.dequantize()
+            self._weights.setdefault(inner, _matrix(linear, sites[inner]))
             changed = {"weight": Q.T if sites[inner].transposed else Q}
             if quantized.bias is not None:
                 changed["bias"] = quantized.bias.to(self._dtype)

@@ -19,9 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qpruner.do.rounding import Tune
+from qpruner.do.walk import n_fitted
 from qpruner.math.straight import mean_gap
-from qpruner.model.learned import LearnedLinear, packed_linears
+from qpruner.model.learned import LearnedLinear, learnable, vectors_of
+from qpruner.model.quantized import Quantized
 from qpruner.model.stream import Step
+from qpruner.plan import Plan
 
 LATENTS_RATE, GROWTHS_RATE, VECTORS_RATE = 2e-2, 1e-3, 2e-3  # Adam's; latents in steps between values of the grid
 LOGITS_AT_ONCE = 2**24  # elements, of either model
@@ -62,7 +66,7 @@ def tune_network_(
         windows: (n, length) token ids, two at least.
         weights: what packed linears stand for, by name, where it is known.
     """
-    n_learned = learned_from(len(windows), held_out)
+    n_learned = n_fitted(len(windows), held_out)
     at_once = max(1, LOGITS_AT_ONCE // predicting(0).numel())
 
     def divergence(numbers: Tensor) -> Tensor:
@@ -79,7 +83,7 @@ def tune_network_(
         return total
 
     with learning(model, weights or {}) as learned:
-        vectors = [p for p in model.parameters() if p.dim() == 1 and p.is_floating_point()]
+        vectors = list(vectors_of(model).values())
         originals = [p.detach().clone() for p in vectors]
         tuned = _descend(
             learned, vectors, divergence, steps=steps, batch_size=batch_size, n_learned=n_learned,
@@ -93,15 +97,14 @@ def tune_network_(
 
 
 def tune_layer_(
-    ours: Step, theirs: Step, *, steps: int, held_out: int, seed: int, weights: Mapping[str, Tensor] | None = None
+    ours: Step, theirs: Step, *, steps: int, n_learned: int, seed: int, weights: Mapping[str, Tensor] | None = None
 ) -> Tuned:
     """Learn the packed linears of one layer; `theirs` has passed on all its batches.
 
     Args:
-        held_out: batches at the end that are not learned from.
+        n_learned: batches that are learned from; those behind them judge it.
         weights: what packed linears stand for, by inner name, where it is known.
     """
-    n_learned = len(ours.batches) - held_out
 
     def distance(numbers: Tensor) -> Tensor:
         """Squared, relative to each token's own size: what comes next sees hidden states through a norm."""
@@ -124,9 +127,19 @@ def tune_layer_(
     return tuned
 
 
-def learned_from(n: int, held_out: float) -> int:
-    """Of n windows, how many are learned from."""
-    return n - max(1, round(held_out * n))
+def layer_tuner(plan: Plan, n_windows: int) -> Tune:
+    """For the walk of `do/rounding.py`."""
+    border = n_fitted(n_windows, plan.rounding.held_out)
+
+    def tune(
+        theirs: Step, ours: Step, layers: Mapping[str, Quantized], weights: Mapping[str, Tensor]
+    ) -> Mapping[str, Quantized]:
+        n_learned = sum(first < border for first, _ in ours.batches)
+        steps, seed = plan.rounding.layer_steps, plan.seed + ours.index
+        tune_layer_(ours, theirs, steps=steps, n_learned=n_learned, seed=seed, weights=weights)
+        return {inner: ours.layer.get_submodule(inner) for inner in layers}
+
+    return tune
 
 
 class Learned:
@@ -139,8 +152,8 @@ class Learned:
 @contextmanager
 def learning(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[Learned]:
     """Within, every packed linear of the module is a learned one; afterwards they are packed again."""
-    packed = dict(packed_linears(module))
-    learned = Learned({name: LearnedLinear(linear, weights.get(name)) for name, linear in packed.items()})
+    learned = Learned(learnable(module, weights))
+    packed = {name: module.get_submodule(name) for name in learned.linears}
     for name, linear in learned.linears.items():
         module.set_submodule(name, linear)
     try:

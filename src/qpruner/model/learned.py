@@ -1,6 +1,6 @@
 """Linears whose codes and scales are learned, in the place of packed ones."""
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from qpruner.math.books import index_
 from qpruner.math.straight import Nudge, Snap, latents_near, spread
 from qpruner.model.packed import PackedLinear
 from qpruner.model.packed_products import rounded_tokens
+from qpruner.model.quantized import SplitLinear, others
 
 
 class LearnedLinear(nn.Linear):
@@ -64,8 +65,28 @@ class LearnedLinear(nn.Linear):
         return PackedLinear.from_rounded(grids.Rounded(codes, scales, steps, self.zeros), self.bias, self.spec)
 
 
-def packed_linears(module: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
-    """All that are inside, also the two of a split linear."""
+def learnable(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, LearnedLinear]:
+    """For every packed linear inside, also the two of a split one, what takes its place for learning.
+
+    weights: what linears stand for, by name, where that is known.
+    """
+    found, columns = {}, {}
     for name, inner in module.named_modules():
-        if isinstance(inner, PackedLinear):
-            yield name, inner
+        if isinstance(inner, SplitLinear):
+            columns[f"{name}.rest"] = others(inner.salient, inner.in_features)
+            columns[f"{name}.high"] = inner.salient.long()
+        elif isinstance(inner, PackedLinear):
+            own = columns.get(name)
+            whole = name if own is None else name.rpartition(".")[0]
+            W = weights.get(whole.removesuffix(".base_layer"))
+            found[name] = LearnedLinear(inner, W if W is None or own is None else W[:, own])
+    return found
+
+
+def vectors_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Norms and whatever else is one number per channel, by name; biases of quantized linears are stored with these."""
+    inside = tuple(
+        f"{n}." for n, m in model.named_modules() if isinstance(m, PackedLinear | SplitLinear | LearnedLinear)
+    )
+    named = model.named_parameters()
+    return {n: p for n, p in named if p.dim() == 1 and p.is_floating_point() and not n.startswith(inside)}
