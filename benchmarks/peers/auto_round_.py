@@ -10,9 +10,7 @@
 All calibration windows are given; each step sees 8 of them, as by default.
 """
 
-import json
 import shutil
-import sys
 from pathlib import Path
 
 from safetensors import safe_open
@@ -46,6 +44,7 @@ def quantize(job: peer.Job) -> peer.Quantized:
         scheme=f"W{job.bits}A16",
         dataset=list(job.ids.split(8)),
         device_map="cpu",
+        enable_torch_compile=False,  # its default is true; compiling costs minutes a block, and saves none here
         **settings,
     )
     with job.timed():
@@ -57,7 +56,7 @@ def quantize(job: peer.Job) -> peer.Quantized:
 
 def packed_bytes(rounder, folder: Path, names: list[str]) -> int:
     """Bytes of codes, scales and zero points as AutoRound's own format packs them."""
-    rounder.save_quantized(str(folder), format="auto_round", inplace=True)
+    rounder.save_quantized(str(folder), format="auto_round:auto_gptq", inplace=True)
     total = 0
     for path in folder.rglob("*.safetensors"):
         with safe_open(path, "pt") as tensors:
@@ -65,7 +64,6 @@ def packed_bytes(rounder, folder: Path, names: list[str]) -> int:
                 layer, kind = key.rsplit(".", 1)
                 if layer in names and kind != "bias":
                     total += peer.tensor_bytes(tensors.get_tensor(key))
-                    print(key, tensors.get_slice(key).get_shape(), tensors.get_slice(key).get_dtype(), file=sys.stderr)
     shutil.rmtree(folder)
     return total
 

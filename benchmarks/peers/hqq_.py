@@ -1,8 +1,8 @@
 """HQQ: ranges by half-quadratic fitting of the weights; it looks at no text.
 
-    axis1   groups along the inputs, the layout of every fast kernel, and of the other peers
-    axis0   groups along the outputs, its own default
-    rtn     plain rounding to the same asymmetric grid: what everything else is measured from
+axis1   groups along the inputs, the layout of every fast kernel, and of the other peers
+axis0   groups along the outputs, its own default
+rtn     plain rounding to the same asymmetric grid: what everything else is measured from
 """
 
 import math
