@@ -13,9 +13,8 @@ All calibration windows are given; each step sees 8 of them, as by default.
 import shutil
 from pathlib import Path
 
-from safetensors import safe_open
-
 import peer
+from safetensors import safe_open
 
 VARIANTS = {
     "iters200": {"iters": 200},

@@ -6,9 +6,8 @@
 Blocks run along the flattened weight. There are no 2 or 3 bits.
 """
 
-import torch
-
 import peer
+import torch
 
 VARIANTS = {"nf4": False, "nf4-double": True}
 BLOCKS = (32, 64)

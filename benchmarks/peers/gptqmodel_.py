@@ -11,9 +11,8 @@ foem        its first-order correction
 
 import os
 
-import torch
-
 import peer
+import torch
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # on two cores it takes one, and then refuses to start
 

@@ -7,9 +7,8 @@ rtn     plain rounding to the same asymmetric grid: what everything else is meas
 
 import math
 
-import torch
-
 import peer
+import torch
 
 VARIANTS = {
     "axis1": {"axis": 1, "optimize": True},

@@ -17,11 +17,11 @@ import json
 from pathlib import Path
 
 import torch
+from peer import linears
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from peer import linears
 from qpruner.model import load
 from qpruner.model.corpus import Corpus, bundled_corpus, check_disjoint, read_corpus, token_windows
 

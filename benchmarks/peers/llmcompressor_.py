@@ -12,10 +12,9 @@ Grids other than 4 and 8 bits are given as a scheme of our own; it takes them al
 import shutil
 from pathlib import Path
 
+import peer
 import torch
 from safetensors import safe_open
-
-import peer
 
 VARIANTS = {
     "gptq": {},

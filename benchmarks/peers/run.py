@@ -18,12 +18,12 @@ import time
 from pathlib import Path
 
 import torch
+from environments import PEERS, python_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from environments import PEERS, python_of
 from qpruner.facts import machine
-from qpruner.judge.loss import LossReport, evaluate_loss, paired_difference
+from qpruner.judge.loss import LossReport, Protocol, evaluate_loss, paired_difference
 from qpruner.model.corpus import Windows
 
 HERE = Path(__file__).resolve().parent
@@ -48,11 +48,11 @@ def run_cell(python: Path, name: str, variant: str, bits: int, inputs: Path, cel
     if (cell / "peer.json").exists() or (cell / "failed.txt").exists():
         return
     cell.mkdir(parents=True, exist_ok=True)
+    print(f"{time.strftime('%H:%M:%S')} {cell.relative_to(args.out)}", flush=True)
     asked = [python, HERE / PEERS[name].adapter, "--model", inputs / "model", "--inputs", inputs, "--bits", str(bits)]
     asked += ["--group-size", str(args.group_size), "--variant", variant, "--seed", str(args.seed), "-o", cell]
-    print(f"{time.strftime('%H:%M:%S')} {cell.relative_to(args.out)}", flush=True)
     with open(cell / "log.txt", "w") as log:
-        code = subprocess.run(asked, stdout=log, stderr=log, env={**os.environ, **ENVIRONMENT}).returncode
+        code = subprocess.run(asked, stdout=log, stderr=log, cwd=cell, env={**os.environ, **ENVIRONMENT}).returncode
     if code:
         lines = (cell / "log.txt").read_text().strip().splitlines()
         (cell / "failed.txt").write_text((lines or [f"ended with {code}"])[-1] + "\n")
@@ -71,9 +71,7 @@ def judge(folder: Path, windows: Windows, kept: Path) -> LossReport:
 
 
 def evaluated(means: torch.Tensor, windows: Windows) -> LossReport:
-    from qpruner.judge.loss import Protocol
-
-    error = means.std(correction=1).item() / len(means) ** 0.5
+    error, protocol = means.std(correction=1).item() / len(means) ** 0.5, Protocol.of(windows)
     return LossReport(
         means.mean().item(),
         error,

@@ -7,9 +7,8 @@
 The dense weights come from its own `dequantize`. Stored bytes are those of the tensors that it keeps.
 """
 
-import torch
-
 import peer
+import torch
 
 VARIANTS = ("intx-asym", "intx", "intx-hqq")
 
