@@ -7,7 +7,6 @@ Blocks run along the flattened weight. There are no 2 or 3 bits.
 """
 
 import peer
-import torch
 
 VARIANTS = {"nf4": False, "nf4-double": True}
 BLOCKS = (32, 64)
@@ -36,5 +35,4 @@ def quantize(job: peer.Job) -> peer.Quantized:
 
 
 if __name__ == "__main__":
-    torch.backends.quantized.engine  # noqa: B018  loads torch's kernels before the clock starts
     peer.run(quantize, ["bitsandbytes"], list(VARIANTS))

@@ -5,8 +5,6 @@ axis0   groups along the outputs, its own default
 rtn     plain rounding to the same asymmetric grid: what everything else is measured from
 """
 
-import math
-
 import peer
 import torch
 
@@ -34,8 +32,6 @@ def quantize(job: peer.Job) -> peer.Quantized:
     if job.bits == 3:
         n_weights = sum(w.numel() for w in weights.values())
         notes.append(f"packs ten 3-bit codes in 32 bits: {stored * 8 / n_weights:.2f} bits per weight")
-    if any(not math.isfinite(w.abs().max()) for w in weights.values()):
-        notes.append("scales beyond the range of 16 bits")
     return peer.Quantized(weights, stored, chosen, notes)
 
 

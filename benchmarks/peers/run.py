@@ -71,15 +71,10 @@ def judge(folder: Path, windows: Windows, kept: Path) -> LossReport:
 
 
 def evaluated(means: torch.Tensor, windows: Windows) -> LossReport:
-    error, protocol = means.std(correction=1).item() / len(means) ** 0.5, Protocol.of(windows)
-    return LossReport(
-        means.mean().item(),
-        error,
-        float("nan"),
-        windows.n_tokens_predicted,
-        Protocol.of(windows),
-        tuple(means.tolist()),
-    )
+    """The report that these window losses came from; bits per byte are not kept."""
+    loss, error = means.mean().item(), means.std(correction=1).item() / len(means) ** 0.5
+    n_tokens, protocol = windows.n_tokens_predicted, Protocol.of(windows)
+    return LossReport(loss, error, float("nan"), n_tokens, protocol, tuple(means.tolist()))
 
 
 def rows_of(model: str, inputs: Path, out: Path) -> list[dict]:
