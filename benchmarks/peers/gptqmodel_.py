@@ -37,7 +37,7 @@ def quantize(job: peer.Job) -> peer.Quantized:
     chosen = {"sym": False, "mse": 0.0, **VARIANTS[job.variant]}
     made = {k: getattr(config, CLASSES[k])() if k in CLASSES else v for k, v in chosen.items()}
     settings = config.QuantizeConfig(
-        bits=job.bits, group_size=job.group_size, device="cpu", offload_to_disk=False, **made
+        bits=job.bits, group_size=job.group_size, device="cpu", format="gptq_v2", offload_to_disk=False, **made
     )
     model = GPTQModel.load(str(job.model_folder), settings, dtype=torch.float32)
     rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in job.ids]

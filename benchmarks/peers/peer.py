@@ -112,12 +112,12 @@ def run(quantize: Callable[[Job], Quantized], packages: list[str], variants: lis
     job = Job(args.model.resolve(), args.out.resolve(), ids, args.bits, args.group_size, args.variant, args.seed)
     result = quantize(job)
     peak = peak_rss_mib()  # before the dense copy below, which is ours
-    n_weights = _save_dense(job, result.weights)
+    n_weights, relative_error = _save_dense(job, result.weights)
     facts = {
         "peer": packages[0], "variant": args.variant, "bits": args.bits, "group_size": args.group_size,
         "seed": args.seed, "wall_seconds": job.wall_seconds, "cpu_seconds": job.cpu_seconds,
         "peak_rss_mib": peak, "rss_before_mib": job.rss_before_mib, "stored_bytes": result.stored_bytes,
-        "n_weights_with_padding": n_weights, "settings": result.settings, "notes": result.notes,
+        "n_weights_with_padding": n_weights, "relative_error": relative_error, "settings": result.settings, "notes": result.notes,
         "threads": torch.get_num_threads(), "python": platform.python_version(),
         "versions": {p: version(p) for p in [*packages, "torch", "transformers"]},
     }  # fmt: skip
@@ -125,20 +125,25 @@ def run(quantize: Callable[[Job], Quantized], packages: list[str], variants: lis
     print(json.dumps(facts), file=sys.stderr)
 
 
-def _save_dense(job: Job, weights: dict[str, Tensor]) -> int:
-    """A plain float32 folder with the dequantized weights in the places of the original ones."""
+def _save_dense(job: Job, weights: dict[str, Tensor]) -> tuple[int, float]:
+    """A plain float32 folder with the dequantized weights in the places of the original ones.
+
+    The number of weights, and the largest |W - Q| / |W| of a linear: near or above 1, a layout was read wrongly.
+    """
     model = job.load()
     places = linears(model)
     if weights.keys() != places.keys():
         missing, unknown = sorted(places.keys() - weights.keys()), sorted(weights.keys() - places.keys())
         raise SystemExit(f"not every linear was quantized: missing {missing[:3]}, unknown {unknown[:3]}")
+    errors = []
     with torch.no_grad():
         for name, weight in weights.items():
+            errors.append(float((weight - places[name].weight).norm() / places[name].weight.norm()))
             if not weight.isfinite().all():
                 raise SystemExit(f"{name} has values that are not finite")
             places[name].weight.copy_(weight)
     model.save_pretrained(job.out)
-    return sum(m.weight.numel() for m in places.values())
+    return sum(m.weight.numel() for m in places.values()), max(errors)
 
 
 def save_tensors(path: Path, **tensors: Tensor) -> None:
