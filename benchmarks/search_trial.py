@@ -29,7 +29,6 @@ from qpruner.facts import machine
 from qpruner.judge.loss import evaluate_loss
 from qpruner.model import corpus, cost, load
 from qpruner.model.surgery import narrow_
-from qpruner.plan import SPECS
 
 
 def timed(function) -> float:
@@ -62,7 +61,7 @@ def main() -> None:
     draw = random.Random(args.seed)
 
     def specs(levels) -> dict:
-        return {n: SPECS[chosen.bits[level]] for u, level in zip(units, levels, strict=True) for n in u.linears}
+        return {n: chosen.spec(chosen.bits[level]) for u, level in zip(units, levels, strict=True) for n in u.linears}
 
     def evaluate() -> float:
         return evaluate_loss(model, windows).loss
@@ -89,7 +88,7 @@ def main() -> None:
     import numpy as np
 
     sizes = np.array(
-        [[sum(cost.linear_bytes(*dims[n], SPECS[b]) for n in u.linears) for b in chosen.bits] for u in units]
+        [[sum(cost.linear_bytes(*dims[n], chosen.spec(b)) for n in u.linears) for b in chosen.bits] for u in units]
     )
     choices = Choices(
         units=tuple(u.name for u in units), bits=chosen.bits, sizes_bytes=sizes, seed=args.seed,

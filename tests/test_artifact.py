@@ -1,5 +1,6 @@
 """Saving and loading: the same logits for every family, through transformers' own `from_pretrained`."""
 
+import itertools
 import json
 import random
 
@@ -16,9 +17,17 @@ from qpruner.do.quantize import Candidates
 from qpruner.errors import ModelError
 from qpruner.model import load
 from qpruner.model.surgery import narrow_
-from qpruner.plan import SPECS
+from qpruner.plan import Format, QuantSpec
 
 IDS = torch.arange(3, 23)[None]
+MIXED = [
+    QuantSpec(bits=2, grid="integer", group_size=8, salient=2),
+    QuantSpec(bits=3, grid="integer", group_size=8, symmetric=False),
+    QuantSpec(bits=4, grid="integer", activation_bits=8),
+    QuantSpec(bits=1, grid="binary", group_size=8, salient=3, salient_bits=4, activation_bits=4),
+    QuantSpec(bits=2, grid="ternary", group_size=5, scale_bits=6),
+    QuantSpec(bits=8, grid="integer", activation_bits=8),
+]
 
 
 def compressed(family: str, folder, *, bits: tuple[int, ...], rank: int = 2):
@@ -32,8 +41,11 @@ def compressed(family: str, folder, *, bits: tuple[int, ...], rank: int = 2):
         size = g.n_units // g.n_blocks
         n = max(1, size * (2 + g.layer % 2) // 4)
         kept[name] = [b * size + u for b in range(g.n_blocks) for u in sorted(draw.sample(range(size), n))]
-    mixture = {name: draw.choice(bits) for name in shape.graph.linears}
-    plan = shape.plan(recipe.load(f"qpruner[adapter_rank={rank}]"), kept, mixture)
+    drawn = itertools.cycle(draw.sample(bits, len(bits)))
+    mixture = {name: b for p, b in zip(shape.graph.projections, drawn, strict=False) for name in p.linears}
+    plan = shape.plan(recipe.load(f"qpruner[adapter_rank={rank}]"), kept, dict.fromkeys(mixture, 16))
+    specs = {name: Format().spec(b) if isinstance(b, int) else b for name, b in mixture.items()}
+    plan = plan.model_copy(update={"specs": specs})
     model = load.load_model(source)
     narrow_(model, shape.graph, plan.kept)
     Candidates(model, shape.graph, plan, adapter_dtype=torch.bfloat16).put_(plan.specs)
@@ -51,6 +63,16 @@ def test_save_and_load_give_the_same_logits(family, bits, tmp_path):
     assert type(loaded) is type(model)
     with torch.no_grad():
         torch.testing.assert_close(loaded(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits, rtol=0, atol=1e-6)
+    assert weight_bytes(folder) == shape.size(plan).total
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_every_grid_in_one_model_loads_bit_equal(family, tmp_path):
+    folder, model, plan, shape = compressed(family, tmp_path, bits=tuple(MIXED))
+    assert set(plan.specs.values()) == set(MIXED)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
     assert weight_bytes(folder) == shape.size(plan).total
 
 
@@ -76,8 +98,8 @@ def test_scales_keep_their_precision_whatever_dtype_is_asked_for(tmp_path):
 def test_a_changed_folder_is_refused(tmp_path):
     folder, *_ = compressed("llama", tmp_path, bits=(4, 8))
     plan = json.loads((folder / "plan.json").read_text())
-    name = next(n for n, s in plan["specs"].items() if s["bits"] == 4)
-    plan["specs"][name] = SPECS[16].model_dump()
+    name = next(n for n, s in plan["specs"].items() if s["bits"] < 16 and n.endswith("o_proj"))  # not fused with others
+    plan["specs"][name] = Format().spec(16).model_dump()
     (folder / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(ModelError, match="does not fit its plan"):
         AutoModelForCausalLM.from_pretrained(folder)

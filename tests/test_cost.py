@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
+from specs import EVERY
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
@@ -114,6 +115,8 @@ def mixed_plan(graph, **kw):
     kept = {at(0) + "kv": (1,), at(0) + "ffn": tuple(range(0, 41, 2)), at(2) + "ffn": tuple(range(33))}
     specs = {n: NF4 for n in graph.linears if ".mlp." in n} | {n: INT8 for n in graph.linears if "layers.1.self" in n}
     specs[at(2) + "self_attn.o_proj"] = QuantSpec(bits=8, grid="integer", group_size=10)
+    free = [n for n in graph.linears if "layers.2.self" in n or "layers.0.self" in n]
+    specs |= dict(zip(free, EVERY[3::2], strict=False))
     ranks = {n: 2 + i % 3 for i, n in enumerate(graph.linears)}
     return plan_for(graph, kept, specs, adapter_ranks=ranks, **kw)
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from qpruner.math import grids, loftq
+from qpruner.plan import QuantSpec
 
 
 def generator():
@@ -9,11 +10,11 @@ def generator():
 
 
 def rounding(bits=4, grid="normal-float", group_size=16):
-    kw = dict(bits=bits, grid=grid, group_size=group_size)
+    spec = QuantSpec(bits=bits, grid=grid, group_size=group_size)
 
     def round_to_grid(W):
-        stored = grids.quantize(W, **kw)
-        return stored, grids.dequantize(*stored, dtype=W.dtype, **kw)
+        stored = grids.quantize(W, spec)
+        return stored, grids.dequantize(stored, spec, W.dtype)
 
     return round_to_grid
 
@@ -26,7 +27,7 @@ def split(W, rank=4, scaling=2.0, iterations=5, dtype=torch.bfloat16, rule=None)
 
 def imitation(result, scaling, **kw):
     kw = dict(bits=4, grid="normal-float", group_size=16) | kw
-    Q = grids.dequantize(*result.stored, dtype=torch.float64, **kw)
+    Q = grids.dequantize(result.stored, QuantSpec(**kw), torch.float64)
     return Q + scaling * result.B.double() @ result.A.double()
 
 

@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from specs import EVERY
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from transformers.pytorch_utils import Conv1D
@@ -11,10 +12,9 @@ from transformers.pytorch_utils import Conv1D
 from qpruner.errors import ModelError, PlanError
 from qpruner.math import grids, loftq
 from qpruner.model import adapters, cost
-from qpruner.model.packed import PackedLinear, stored_shapes
-from qpruner.plan import INT8, NF4, QuantSpec
+from qpruner.model.packed import PackedLinear
+from qpruner.plan import INT8, NF4
 
-SPECS = [NF4, INT8, QuantSpec(bits=8, grid="integer", group_size=16), QuantSpec(bits=4, grid="integer", group_size=16)]
 SHAPES = [(12, 70), (5, 33), (1, 1)]
 
 
@@ -32,7 +32,7 @@ def tile_weights(request, monkeypatch):
         monkeypatch.setattr(grids, "TILE_WEIGHTS", request.param)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", EVERY, ids=str)
 @pytest.mark.parametrize("d_out, d_in", SHAPES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_product_and_gradients_are_those_of_the_dense_layer(rand, spec, d_out, d_in, bias, tile_weights):
@@ -50,17 +50,17 @@ def test_product_and_gradients_are_those_of_the_dense_layer(rand, spec, d_out, d
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", EVERY, ids=str)
 def test_dequantize_is_the_grid(rand, spec, tile_weights):
     W = rand(9, 41)
-    kw = dict(bits=spec.bits, grid=spec.grid, group_size=spec.group_size)
-    codes, scales = grids.quantize(W, **kw)
+    rounded, packed = grids.quantize(W, spec), PackedLinear.from_weight(W, None, spec)
+    for name, tensor in vars(packed.rounded()).items():
+        assert (getattr(rounded, name) is None) if tensor is None else torch.equal(tensor, getattr(rounded, name))
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        expected = grids.dequantize(codes, scales, dtype=dtype, **kw)
-        assert torch.equal(PackedLinear.from_weight(W, None, spec).dequantize(dtype), expected)
+        assert torch.equal(packed.dequantize(dtype), grids.dequantize(rounded, spec, dtype))
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", EVERY, ids=str)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 2e-3), (torch.bfloat16, 2e-2), (torch.float32, 1e-5)])
 def test_short_inputs_come_back_as_they_went_in(rand, spec, dtype, tolerance, tile_weights):
     packed = PackedLinear.from_weight(rand(12, 70), rand(12), spec)
@@ -104,21 +104,21 @@ def test_float16_sums_may_leave_the_range_of_float16(rand):
     assert torch.isfinite(packed(torch.full((1, 2000), 10.0, dtype=torch.float16))).all()
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", EVERY, ids=str)
 @pytest.mark.parametrize("d_out, d_in", SHAPES)
 def test_what_is_stored_is_what_was_predicted(rand, spec, d_out, d_in):
     packed = PackedLinear.from_weight(rand(d_out, d_in), rand(d_out), spec)
     packed(rand(4, d_in))
     state = packed.state_dict()
-    assert {n: tuple(t.shape) for n, t in state.items()} == dict(
-        zip(("codes", "scales"), stored_shapes(d_out, d_in, spec), strict=True), bias=(d_out,)
+    assert {n: (cost.TORCH_NAMES[t.dtype], tuple(t.shape)) for n, t in state.items() if n != "bias"} == (
+        cost.weight_tensors(d_out, d_in, spec, "BF16")
     )
     assert not [n for n, v in vars(packed).items() if isinstance(v, torch.Tensor)]
     stored = sum(t.nbytes for n, t in state.items() if n != "bias")
     assert stored == cost.linear_bytes(d_out, d_in, spec)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", EVERY, ids=str)
 def test_an_empty_layer_loads_the_state_of_a_full_one(rand, spec):
     full = PackedLinear.from_weight(rand(5, 33), rand(5), spec)
     for empty in (
@@ -134,13 +134,14 @@ def test_an_empty_layer_loads_the_state_of_a_full_one(rand, spec):
 
 
 @pytest.mark.parametrize("move", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double()])
-def test_moving_a_model_leaves_codes_and_scales_alone(rand, move):
-    model = nn.Sequential(PackedLinear.from_weight(rand(5, 33), rand(5), NF4))
+@pytest.mark.parametrize("spec", EVERY, ids=str)
+def test_moving_a_model_leaves_codes_and_scales_alone(rand, move, spec):
+    model = nn.Sequential(PackedLinear.from_weight(rand(5, 33), rand(5).float(), spec))
     before = {n: t.clone() for n, t in model.state_dict().items()}
     after = move(model).state_dict()
-    assert after["0.scales"].dtype == torch.float16
-    assert torch.equal(before["0.scales"], after["0.scales"]) and torch.equal(before["0.codes"], after["0.codes"])
-    assert after["0.bias"].dtype != torch.float32
+    assert after.pop("0.bias").dtype != before.pop("0.bias").dtype
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype and torch.equal(after[name], tensor)
 
 
 def test_arithmetic_on_the_stored_bytes_fails_aloud(rand):

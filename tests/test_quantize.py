@@ -8,7 +8,7 @@ from qpruner import recipe
 from qpruner.decide.draft import draft
 from qpruner.do.quantize import Candidates
 from qpruner.model.discover import discover
-from qpruner.plan import SPECS
+from qpruner.plan import Format
 
 IDS = torch.arange(3, 23)[None]
 
@@ -19,7 +19,7 @@ def candidates(family="llama", rank=2, seed=0):
     plan = draft(
         graph, recipe.load(f"qpruner[adapter_rank={rank}]"), model_name="m", model_digest="d", hidden_size=16,
         kept={n: range(g.n_units) for n, g in graph.groups.items()},
-        specs=dict.fromkeys(graph.linears, SPECS[16]), seed=seed,
+        specs=dict.fromkeys(graph.linears, Format().spec(16)), seed=seed,
     )  # fmt: skip
     return model, graph, Candidates(model, graph, plan, adapter_dtype=torch.bfloat16)
 
@@ -34,7 +34,7 @@ def logits(model):
 def test_a_way_there_and_back_leaves_no_trace(family, rank):
     model, graph, made = candidates(family, rank)
     dense = logits(model)
-    specs = lambda bits: dict.fromkeys(graph.linears, SPECS[bits])
+    specs = lambda bits: dict.fromkeys(graph.linears, Format().spec(bits))
     made.put_(specs(4))
     four = logits(model)
     made.put_(specs(8))
@@ -49,11 +49,11 @@ def test_the_order_of_asking_does_not_matter():
     one, graph, first = candidates()
     two, _, second = candidates()
     names = list(graph.linears)
-    mixture = {name: SPECS[4 if i % 2 else 8] for i, name in enumerate(names)}
+    mixture = {name: Format().spec(4 if i % 2 else 8) for i, name in enumerate(names)}
     first.put_(mixture)
     for name in reversed(names):
-        second.candidate(name, SPECS[8])
-        second.candidate(name, SPECS[4])
+        second.candidate(name, Format().spec(8))
+        second.candidate(name, Format().spec(4))
     second.put_(mixture)
     assert torch.equal(logits(one), logits(two))
 
@@ -61,7 +61,7 @@ def test_the_order_of_asking_does_not_matter():
 def test_loftq_is_below_plain_rounding_for_every_linear():
     _, graph, made = candidates()
     for bits in (4, 8):
-        made.put_(dict.fromkeys(graph.linears, SPECS[bits]))
+        made.put_(dict.fromkeys(graph.linears, Format().spec(bits)))
         errors = made.errors()
         assert set(errors) == set(graph.linears)
         assert all(with_adapter < plain for plain, with_adapter in errors.values())

@@ -4,7 +4,7 @@ import torch
 from test_quantize import candidates
 
 from qpruner.do.recover import train_adapters_
-from qpruner.plan import SPECS, Recovery
+from qpruner.plan import Format, Recovery
 
 WINDOWS = torch.arange(3, 19).repeat(12, 1)  # one sentence that can be learned by heart
 RECOVERY = Recovery(steps=20, batch_size=4, learning_rate=0.05, warmup_steps=2, adapter_dropout=0.0)
@@ -12,7 +12,7 @@ RECOVERY = Recovery(steps=20, batch_size=4, learning_rate=0.05, warmup_steps=2, 
 
 def trained():
     model, graph, made = candidates()
-    made.put_({name: SPECS[4 if i % 2 else 8] for i, name in enumerate(graph.linears)})
+    made.put_({name: Format().spec(4 if i % 2 else 8) for i, name in enumerate(graph.linears)})
     before = {n: t.clone() for n, t in model.state_dict().items()}
     steps = []
     curve = train_adapters_(model, RECOVERY, WINDOWS, seed=0, on_step=lambda *step: steps.append(step))

@@ -22,7 +22,7 @@ from qpruner.files import write_text
 from qpruner.job import Job
 from qpruner.judge import loss as judge
 from qpruner.model import cost
-from qpruner.plan import SPECS, Plan
+from qpruner.plan import Plan
 from qpruner.refitting import reconstructed_on_trial
 from qpruner.run import Journal, digest_of
 from qpruner.shape import EVALUATION_BATCH, measures_influence, stored_sizes
@@ -189,7 +189,7 @@ def _sensitivity(job: Job, model, candidates, kept) -> list[list[float]]:
         reference = judge.reference_logprobs(model, windows)
 
         def divergence(bits: dict[str, int]) -> float:
-            candidates.put_({name: SPECS[bits.get(name, 16)] for name in job.graph.linears})
+            candidates.put_({name: job.recipe.spec(bits.get(name, 16)) for name in job.graph.linears})
             return judge.kl_from_logprobs(model, windows, reference).kl
 
         return measure_sensitivity(units_of(job), job.recipe.bits, divergence, job.progress("sensitivity"))
@@ -207,7 +207,7 @@ def _choices(job: Job, kept, information, sensitivity) -> Choices:
     dims = cost.kept_shapes(job.graph, kept)
     sizes = np.array(
         [
-            [sum(cost.linear_bytes(*dims[n], SPECS[b]) for n in u.linears) for b in job.recipe.bits]
+            [sum(cost.linear_bytes(*dims[n], job.recipe.spec(b)) for n in u.linears) for b in job.recipe.bits]
             for u in units_of(job)
         ]
     )
@@ -234,7 +234,7 @@ def _search(job: Job, model, candidates, choices: Choices, kept) -> list[bayesia
     starts = {name: allocate(choices) for name, allocate in ALLOCATORS.items() if name != "random"}
 
     def evaluate(levels: tuple[int, ...]) -> float:
-        candidates.put_({n: SPECS[b] for n, b in _bits_of(job, levels).items()})
+        candidates.put_({n: job.recipe.spec(b) for n, b in _bits_of(job, levels).items()})
         return search_loss(job, model)
 
     def on_trial(trial: bayesian.Trial) -> None:

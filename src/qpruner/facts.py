@@ -14,7 +14,6 @@ from qpruner.deciding import Decided
 from qpruner.job import partial
 from qpruner.model import cost, memory
 from qpruner.model.discover import spans
-from qpruner.plan import SPECS
 from qpruner.prepare import Prepared
 from qpruner.report import facts as report
 from qpruner.run import digest_of
@@ -151,7 +150,7 @@ def projections(prepared: Prepared, decided: Decided) -> tuple[report.Projection
             report.ProjectionBits(
                 name=projection.name, layer=projection.layer, bits=spec.bits,
                 parameters=sum(dims[n][0] * dims[n][1] for n in projection.linears),
-                size_bytes=sum(cost.linear_bytes(*dims[n], SPECS[spec.bits]) for n in projection.linears),
+                size_bytes=sum(cost.linear_bytes(*dims[n], plan.specs[n]) for n in projection.linears),
             )
         )  # fmt: skip
     return tuple(rows)

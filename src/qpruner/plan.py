@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qpruner.errors import BudgetError, PlanError
 
@@ -53,22 +53,105 @@ class Budget(Value):
         return f"{self.amount:g}{self.unit}"
 
 
-class QuantSpec(Value):
-    """How the weight of one linear layer is stored.
+GRIDS: dict[str, tuple[int, ...]] = {
+    "integer": (2, 3, 4, 5, 6, 8), "normal-float": (2, 3, 4), "ternary": (2,), "binary": (1,), "none": (16,),
+}  # fmt: skip
 
-    bits: per code; 16 means unquantized. grid: the code book. group_size: weights that share one scale, counted along
-    the input dimension; None means a whole row. Scales are float16.
+
+class QuantSpec(Value):
+    """How one linear layer is stored and what its inputs are rounded to.
+
+    bits: per code; 16 means unquantized. Ternary codes are of 2 bits and stored five to a byte, 1.6 bits each.
+    grid: the code book. group_size: weights that share one scale, counted along the input dimension; None means a whole
+        row.
+    symmetric: False adds to each group an integer zero point of `bits` bits; on the integer grid only.
+    scale_bits: 16 for float16. With fewer, scales are unsigned codes times one float16 step per row.
+    salient: input channels that are kept on an integer grid of `salient_bits` bits with one scale per row.
+    activation_bits: inputs are rounded to so many, symmetric, one scale for each token; 16 leaves them alone. Those of
+        salient channels have scales of their own, and `salient_bits` if that is more.
     """
 
-    bits: Literal[4, 8, 16]
-    grid: Literal["normal-float", "integer", "none"]
+    bits: Literal[1, 2, 3, 4, 5, 6, 8, 16]
+    grid: Literal["normal-float", "integer", "ternary", "binary", "none"]
     group_size: int | None = None
+    symmetric: bool = True
+    scale_bits: Literal[4, 6, 8, 16] = 16
+    salient: int = Field(default=0, ge=0)
+    salient_bits: Literal[4, 8] = 8
+    activation_bits: Literal[4, 8, 16] = 16
+
+    @model_validator(mode="after")
+    def _exists(self) -> "QuantSpec":
+        if self.bits not in GRIDS[self.grid]:
+            raise ValueError(
+                f"there is no {self.bits}-bit {self.grid} grid; {self.grid} has {', '.join(map(str, GRIDS[self.grid]))}"
+            )
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"group_size is {self.group_size}; it counts the weights that share a scale, 1 or more")
+        if not self.symmetric and self.grid != "integer":
+            raise ValueError(f"the {self.grid} grid has no zero points; symmetric=False goes with the integer grid")
+        if self.salient and self.salient_bits <= self.bits:
+            raise ValueError(f"salient channels have {self.salient_bits} bits, not above the {self.bits} of the others")
+        if self.grid == "none" and self != QuantSpec.model_construct(bits=16, grid="none"):
+            raise ValueError("a weight of 16 bits has no groups, scales, salient channels or rounded inputs")
+        return self
+
+    @property
+    def rest(self) -> "QuantSpec":
+        """Of the channels that are not salient."""
+        return self.model_copy(update={"salient": 0, "salient_bits": 8})
+
+    @property
+    def high(self) -> "QuantSpec":
+        """Of the salient channels."""
+        rounded = 16 if self.activation_bits == 16 else max(self.activation_bits, self.salient_bits)
+        return QuantSpec(bits=self.salient_bits, grid="integer", activation_bits=rounded)
+
+    def __str__(self) -> str:
+        if self.grid == "none":
+            return "16 bits"
+        words = [{"integer": f"int{self.bits}", "normal-float": f"nf{self.bits}"}.get(self.grid, self.grid)]
+        words += [f"g{self.group_size}"] * (self.group_size is not None)
+        words += ["asymmetric"] * (not self.symmetric)
+        words += [f"scales of {self.scale_bits} bits"] * (self.scale_bits < 16)
+        words += [f"+ {self.salient} channels int{self.salient_bits}"] * (self.salient > 0)
+        words += [f"inputs int{self.activation_bits}"] * (self.activation_bits < 16)
+        return " ".join(words)
+
+
+class Format(Value):
+    """How weights are stored at any bits: the keys of a recipe that say so; field meanings are those of `QuantSpec`.
+
+    grid: None for the usual one: normal-float at 4 bits, binary at 1, integer otherwise. group_size: None for the usual
+        one: whole rows at 8 bits, 64 otherwise; 0 for whole rows.
+    """
+
+    grid: Literal["integer", "normal-float", "ternary", "binary"] | None = None
+    group_size: int | None = Field(default=None, ge=0)
+    symmetric: bool = True
+    scale_bits: Literal[4, 6, 8, 16] = 16
+    salient: int = Field(default=0, ge=0)
+    salient_bits: Literal[4, 8] = 8
+    activation_bits: Literal[4, 8, 16] = 16
+
+    def spec(self, bits: int) -> QuantSpec:
+        """How a linear is stored at so many bits. A grid that has no such width gives way to the usual one."""
+        if bits == 16:
+            return DENSE
+        usual = {1: "binary", 4: "normal-float"}.get(bits, "integer")
+        grid = self.grid if self.grid is not None and bits in GRIDS[self.grid] else usual
+        group_size = (None if bits == 8 else 64) if self.group_size is None else self.group_size or None
+        salient = self.salient if self.salient_bits > bits else 0
+        return QuantSpec(
+            bits=bits, grid=grid, group_size=group_size, symmetric=self.symmetric or grid != "integer",
+            scale_bits=self.scale_bits, salient=salient, salient_bits=self.salient_bits if salient else 8,
+            activation_bits=self.activation_bits,
+        )  # fmt: skip
 
 
 DENSE = QuantSpec(bits=16, grid="none")
 NF4 = QuantSpec(bits=4, grid="normal-float", group_size=64)
 INT8 = QuantSpec(bits=8, grid="integer")
-SPECS: dict[int, QuantSpec] = {4: NF4, 8: INT8, 16: DENSE}
 
 
 class Recovery(Value):
@@ -94,6 +177,28 @@ class Reconstruction(Value):
     held_out: float
 
 
+class Rounding(Value):
+    """How weights find their codes. Field meanings are those of the recipe's keys of the same names.
+
+    method: `nearest` looks at weights alone; `gptq` makes up for each rounding in the weights that are not rounded yet.
+    """
+
+    method: Literal["nearest", "gptq"] = "nearest"
+    ranges: Literal["absmax", "mse", "half-quadratic"] = "absmax"
+    propagation: bool = False
+    dampings: tuple[float, ...] = ()
+    held_out: float = 0.25
+    transforms: tuple[Literal["rotate", "rescale"], ...] = ()
+    layer_steps: int = 0
+    network_steps: int = 0
+    tuning_batch: int = 8
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether calibration text goes through the model for it."""
+        return self.method != "nearest" or bool(self.layer_steps or self.network_steps)
+
+
 class Plan(Value):
     """Everything that will be done to a model, complete: it decides every group and every linear of its decoder layers.
 
@@ -105,6 +210,7 @@ class Plan(Value):
     reconstruction: of the linears that lost inputs, right after the cuts; None for slicing alone.
     added_biases: linears that get a bias they did not have.
     specs: for every linear inside the decoder layers.
+    rounding: how weights find their codes.
     adapter_ranks: rank of the adapter of each linear that gets one; empty for no adapters.
     adapters: whether adapters are stored beside the base or merged into it.
     """
@@ -117,6 +223,7 @@ class Plan(Value):
     reconstruction: Reconstruction | None = None
     added_biases: tuple[str, ...] = ()
     specs: dict[str, QuantSpec]
+    rounding: Rounding = Rounding()
     adapter_ranks: dict[str, int] = {}
     adapters: Literal["beside", "merged"] = "beside"
     recovery: Recovery = Recovery()

@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from qpruner.errors import RecipeError, listed
-from qpruner.plan import Recovery, Value
+from qpruner.plan import GRIDS, Format, QuantSpec, Recovery, Rounding, Value
 
 Score = Literal[
     "vector", "element-first", "element-second", "element-mixed", "coarse", "hybrid", "wanda-sp", "flap",
@@ -66,6 +66,24 @@ class Recipe(Value):
         bit_unit: what shares a choice: a whole decoder layer, or the linears that runtimes fuse (q, k, v; gate, up).
         information: estimator of the mutual information of a unit's output and the prediction.
         trials, search_windows: Bayesian optimization, and windows of the search text that each trial is judged on.
+        grid, group_size, symmetric, scale_bits: how codes and scales are stored below 16 bits; so many weights along
+            an input share a scale, 0 for a whole row. Without a grid: NF4 at 4 bits, whole rows of integers at 8,
+            binary at 1, and integers otherwise, in groups of 64.
+        salient, salient_bits: input channels of each linear that are kept at more bits (those whose rounding would hurt
+            most).
+        activation_bits: inputs of linears are rounded to so many when the model runs, one scale for each token.
+    Rounding
+        rounding: `nearest`, or `gptq`, which makes up for each rounding in the weights that are still to come.
+        ranges: where the grid of a group ends: at its largest weight, where the squared error is least, or by
+            half-quadratic fitting (HQQ).
+        propagation: weights are first fitted to give what the original gives, from what the compressed layers before
+            them put out; `dampings` are the strengths that are tried on `held_out` windows.
+        transforms: changes of the weights that leave the model as it is and its rounding better: `rotate` the hidden
+            states, `rescale` channels between linears.
+        layer_steps: of gradient descent on the codes and scales of a layer, so that its output is the original's.
+        network_steps: of the same on those of the whole model, so that its predictions are the original's. It has to
+            fit in memory.
+        tuning_batch: windows in each such step.
     Recovery
         adapter_rank: at most; a linear gets no more than 1/32 of its smaller side. 0 for none.
         adapters: stored beside the base, or merged into it.
@@ -107,12 +125,27 @@ class Recipe(Value):
     dampings: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     held_out: float = Field(default=0.25, gt=0, lt=1)
 
-    bits: tuple[Literal[4, 8, 16], ...] = (16,)
+    bits: tuple[Literal[1, 2, 3, 4, 5, 6, 8, 16], ...] = (16,)
+    grid: Literal["integer", "normal-float", "ternary", "binary"] | None = None
+    group_size: int | None = Field(default=None, ge=0)
+    symmetric: bool = True
+    scale_bits: Literal[4, 6, 8, 16] = 16
+    salient: int = Field(default=0, ge=0)
+    salient_bits: Literal[4, 8] = 8
+    activation_bits: Literal[4, 8, 16] = 16
     allocation: Allocation = "uniform"
     bit_unit: Literal["layer", "projection"] = "projection"
     information: Literal["gaussian", "binned"] = "gaussian"
     trials: int = Field(default=32, ge=1)
     search_windows: int = Field(default=32, ge=1)
+
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    ranges: Literal["absmax", "mse", "half-quadratic"] = "absmax"
+    propagation: bool = False
+    transforms: tuple[Literal["rotate", "rescale"], ...] = ()
+    layer_steps: int = Field(default=0, ge=0)
+    network_steps: int = Field(default=0, ge=0)
+    tuning_batch: int = Field(default=8, ge=1)
 
     adapter_rank: int = Field(default=8, ge=0)
     adapters: Literal["beside", "merged"] = "beside"
@@ -136,6 +169,15 @@ class Recipe(Value):
             raise ValueError(f"fisher token scales a quadratic term, and score {self.score} has none to scale")
         if list(self.bits) != sorted(set(self.bits)) or not self.bits:
             raise ValueError("bits must be different and ascending, for instance [4, 8]")
+        if self.grid is not None and not any(bits in GRIDS[self.grid] for bits in self.bits):
+            raise ValueError(f"grid {self.grid} has {GRIDS[self.grid]} bits, and none of {self.bits} is among them")
+        if self.propagation and self.rounding == "nearest":
+            raise ValueError("propagation fits weights before gptq rounds them: it needs rounding gptq")
+        if self.adapter_rank and self.loftq_iterations and self.rounds().needs_text:
+            raise ValueError(
+                "LoftQ finds codes and adapters together, by rounding to nearest: with another rounding set "
+                "loftq_iterations or adapter_rank to 0"
+            )
         if not self.units or len(set(self.units)) < len(self.units):
             raise ValueError("units must be different kinds, one at least, for instance [kv_group, channel]")
         if self.scope == "global" and self.selection == "llm-pruner":
@@ -150,6 +192,16 @@ class Recipe(Value):
         if self.score == "flap" and self.scope == "global" and self.worth == "per-byte":
             raise ValueError("score flap is below zero for half of the units: in scope global it wants worth: score")
         return self
+
+    def spec(self, bits: int) -> QuantSpec:
+        """How a linear is stored at so many bits."""
+        return Format(**{key: getattr(self, key) for key in Format.model_fields}).spec(bits)
+
+    def rounds(self) -> Rounding:
+        fields = {key: getattr(self, key) for key in Rounding.model_fields if key != "method"}
+        if not self.propagation:
+            fields |= {"dampings": (), "held_out": Rounding().held_out}
+        return Rounding(method=self.rounding, **fields)
 
     def recovery(self, hidden_size: int) -> Recovery:
         fields = {key: getattr(self, key) for key in Recovery.model_fields}

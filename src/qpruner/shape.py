@@ -17,7 +17,7 @@ from qpruner.model.discover import discover
 from qpruner.model.graph import Graph
 from qpruner.model.skeleton import build_skeleton
 from qpruner.model.surgery import bereft, bereft_stacks
-from qpruner.plan import SPECS, Plan
+from qpruner.plan import Plan
 from qpruner.recipe import Recipe
 
 EVALUATION_BATCH, LOGITS_AT_ONCE = 8, 2**26  # windows, elements
@@ -72,7 +72,7 @@ class Shape:
         return draft(
             self.graph, recipe, model_name=self.source.name, model_digest=self.source.digest, kept=kept,
             hidden_size=self.hidden_size,
-            specs={name: SPECS[b] for name, b in each.items()}, seed=seed, layers=self.layers,
+            specs={name: recipe.spec(b) for name, b in each.items()}, seed=seed, layers=self.layers,
         )  # fmt: skip
 
     def stored(self, plan: Plan) -> dict[str, tuple[str, tuple[int, ...]]]:

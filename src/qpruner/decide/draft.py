@@ -42,6 +42,7 @@ def draft(
         reconstruction=settings,
         added_biases=tuple(name for name, site in added.items() if not site.bias),
         specs=dict(specs),
+        rounding=recipe.rounds(),
         adapter_ranks=ranks,
         adapters=recipe.adapters,
         recovery=recipe.recovery(hidden_size),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qpruner.math import loftq
 from qpruner.model import adapters
 from qpruner.model.graph import Graph, LinearSite
-from qpruner.model.packed import PackedLinear
+from qpruner.model.quantized import Quantized, packed
 from qpruner.plan import Plan, QuantSpec
 
 
@@ -98,9 +98,9 @@ def made(dense: nn.Module, site: LinearSite, spec: QuantSpec, plan: Plan, adapte
         factors = loftq.fresh_adapter(*W.shape, rank, adapter_dtype, generator, W.device) if rank else None
         return Candidate(dense, factors, 0.0, 0.0)
 
-    def rounding(weight: Tensor) -> tuple[PackedLinear, Tensor]:
-        packed = PackedLinear.from_weight(weight, dense.bias, spec)
-        return packed, packed.dequantize()
+    def rounding(weight: Tensor) -> tuple[Quantized, Tensor]:
+        layer = packed(weight, dense.bias, spec)
+        return layer, layer.dequantize()
 
     recovery = plan.recovery
     found = loftq.split(

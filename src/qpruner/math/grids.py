@@ -3,57 +3,42 @@
 Notation
     W       weight, y = x @ W.T                                   (d_out, d_in)
     n       groups of a row, the last of them possibly shorter    ceil(d_in / group_size)
-    scales  step of the grid in each group, float16               (d_out, n)
+    scales  step of the grid in each group                         (d_out, n)
+    zeros   the code that stands for zero in each group            (d_out, n)
     codes   which value of the code book                          (d_out, d_in)
-    q       the rounded weight: book[codes] * scale               (d_out, d_in)
+    q       the rounded weight: book[codes] * scale, or (codes - zero) * scale      (d_out, d_in)
 
-Two grids. `integer`: the code is the value, 8 bits in -127..127, 4 bits in -7..7 stored with 8 added. `normal-float`:
-16 values that split a standard normal into slices of equal probability, with an exact zero.
-Scales are rounded up to float16 before any code is chosen: no weight is clipped, and the codes are nearest for the
-scale that is stored.
+Ranges (scales and zeros) come first, then what is stored of them, then codes: these are nearest for the scales that
+are stored. Scales that must not clip are rounded up to what can be stored.
 """
 
-import math
-from functools import cache
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float16, Int8, Shaped, UInt8
+from jaxtyping import Float, Float16, Shaped, UInt8
 from torch import Tensor
 
-# Source: QLoRA, arXiv:2305.14314, appendix E.
-NORMAL_FLOAT_4 = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
-INTEGER_4 = tuple(float(i - 8) for i in range(16))
-BOOKS = {(4, "normal-float"): NORMAL_FLOAT_4, (4, "integer"): INTEGER_4}
-LARGEST = {(4, "normal-float"): 1.0, (4, "integer"): 7.0, (8, "integer"): 127.0}  # of the values that are used
+from qpruner.math.books import book, index_
+from qpruner.math.groups import by_group, group_count
+from qpruner.math.halves import finite_half, half_at_least
+from qpruner.math.ranges import RANGES, Ranges, absmax
+from qpruner.plan import QuantSpec
+
 TILE_WEIGHTS = 2**22  # weights worked on at a time: bounds the temporaries, not the result
 
 
-@cache
-def book(bits: int, grid: str) -> Float[Tensor, " values"]:
-    """The values of a 4-bit code book, ascending, float64: a code is an index into it."""
-    return torch.tensor(BOOKS[bits, grid], dtype=torch.float64)
+@dataclass(frozen=True)
+class Rounded:
+    """A weight as it is stored, one code per element: not packed yet.
 
+    scales: float16, or codes of `scale_bits` bits times the row's step. steps, zeros: only where the spec has them.
+    """
 
-def group_count(d_in: int, group_size: int | None) -> int:
-    """Scales of one row."""
-    return 1 if group_size is None else -(-d_in // group_size)
+    codes: UInt8[Tensor, "out d"]
+    scales: Float16[Tensor, "out n"] | UInt8[Tensor, "out n"]
+    steps: Float16[Tensor, "out 1"] | None = None
+    zeros: UInt8[Tensor, "out n"] | None = None
 
 
 def tiles(d_out: int, d_in: int) -> list[slice]:
@@ -63,88 +48,119 @@ def tiles(d_out: int, d_in: int) -> list[slice]:
 
 
 def quantize(
-    W: Float[Tensor, "out d"], *, bits: int, grid: str, group_size: int | None = None
-) -> tuple[UInt8[Tensor, "out d"] | Int8[Tensor, "out d"], Float16[Tensor, "out n"]]:
-    """Codes and scales of the grid point nearest to each weight: uint8 codes for 4 bits, int8 for 8.
+    W: Float[Tensor, "out d"],
+    spec: QuantSpec,
+    ranges: str | Ranges = "absmax",
+    weight: Float[Tensor, "1 d"] | Float[Tensor, "out d"] | None = None,
+) -> Rounded:
+    """The grid point nearest to each weight.
 
-    Ties go to the even integer, and to the lower of two values of the normal-float book.
-
+    Args:
+        ranges: how scales and zeros are fitted, a name in `RANGES` or a function like those.
+        weight: how much the squared error of each element counts, for ranges that minimise it.
     Raises:
-        ValueError: no such grid; a weight is not finite; a group needs a scale beyond float16's largest.
+        ValueError: a weight is not finite; a group needs a scale beyond float16's largest.
     """
-    if (bits, grid) not in LARGEST:
-        raise ValueError(f"there is no {bits}-bit {grid} grid; there are {sorted(LARGEST)}")
-    if group_size is not None and group_size < 1:
-        raise ValueError(f"group_size is {group_size}; it counts the weights that share a scale, 1 or more")
-    parts = [quantize_rows(W[rows], bits, grid, group_size) for rows in tiles(*W.shape)]
-    codes, scales = zip(*parts, strict=True)
-    return torch.cat(codes), torch.cat(scales)
+    fit = RANGES[ranges] if isinstance(ranges, str) else ranges
+    parts = []
+    for rows in tiles(*W.shape):
+        counts = weight if weight is None or len(weight) == 1 else weight[rows]
+        tile = W[rows] if W.dtype == torch.float64 else W[rows].float()
+        wanted, zeros = fit_ranges(tile, spec, fit, counts)
+        scales, steps = stored_scales(wanted, spec, up=fit is absmax and spec.grid != "binary")
+        decoded = decode(scales, steps)
+        parts.append((nearest(tile, decoded, zeros, spec), scales, steps, zeros))
+    if not parts:
+        return empty(0, W.shape[1], spec, W.device)
+    return Rounded(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def quantize_rows(
-    W: Float[Tensor, "out d"], bits: int, grid: str, group_size: int | None
-) -> tuple[UInt8[Tensor, "out d"] | Int8[Tensor, "out d"], Float16[Tensor, "out n"]]:
-    """`quantize` of a few rows at once."""
-    if W.dtype != torch.float64:
-        W = W.float()
-    absmax = torch.cat([group.abs().amax(-1) for group, _ in by_group(W, group_size)], dim=1)
-    scales = half_at_least(absmax / LARGEST[bits, grid])
+def empty(d_out: int, d_in: int, spec: QuantSpec, device: torch.device) -> Rounded:
+    n = group_count(d_in, spec.group_size)
+    codes = lambda columns: torch.empty(d_out, columns, dtype=torch.uint8, device=device)
+    halves = lambda columns: torch.empty(d_out, columns, dtype=torch.float16, device=device)
+    double = spec.scale_bits < 16
+    return Rounded(
+        codes(d_in), codes(n) if double else halves(n), halves(1) if double else None,
+        None if spec.symmetric else codes(n),
+    )  # fmt: skip
+
+
+def fit_ranges(
+    W: Float[Tensor, "out d"], spec: QuantSpec, fit: Callable, weight: Float[Tensor, "_ d"] | None = None
+) -> tuple[Float[Tensor, "out n"], UInt8[Tensor, "out n"] | None]:
+    """Scales and zeros of every group, as they would best be, in the dtype of W."""
+    counts = [None, None] if weight is None else [group for group, _ in by_group(weight.to(W), spec.group_size)]
+    found = [fit(group, spec, c) for (group, _), c in zip(by_group(W, spec.group_size), counts, strict=False)]
+    scales = torch.cat([s for s, _ in found], dim=1)
+    return scales, None if spec.symmetric else torch.cat([z for _, z in found], dim=1)
+
+
+def nearest(
+    W: Float[Tensor, "out d"],
+    scales: Float[Tensor, "out n"],
+    zeros: UInt8[Tensor, "out n"] | None,
+    spec: QuantSpec,
+) -> UInt8[Tensor, "out d"]:
+    """Codes of the values nearest to W, for scales as they are decoded."""
     ratios = W.clone(memory_format=torch.contiguous_format)  # W may be a transpose
-    for group, n in by_group(ratios, group_size):
+    spread = None
+    if zeros is not None:
+        spread = zeros.repeat_interleave(spec.group_size or W.shape[1], dim=1)[:, : W.shape[1]]
+    for group, n in by_group(ratios, spec.group_size):
         steps = scales[:, n, None].to(W.dtype)
         group.div_(torch.where(steps == 0, 1, steps))  # a scale of 0: the whole group is zero, and so are its ratios
-    if grid == "normal-float":
-        values = book(bits, grid)
-        middles = ((values[1:] + values[:-1]) / 2).to(W)
-        return torch.bucketize(ratios, middles, out_int32=True).to(torch.uint8), scales
-    codes = ratios.round_()
-    return (codes.to(torch.int8) if bits == 8 else codes.add_(8).to(torch.uint8)), scales
+    return index_(ratios, spec, spread)
 
 
-def half_at_least(x: Float[Tensor, "out n"]) -> Float16[Tensor, "out n"]:
-    """The smallest float16 that is not below x >= 0."""
-    near = x.half()
-    # Bits of floats >= 0 ascend with their value. Not torch.nextafter: not every device has it for float16.
-    above = (near.view(torch.int16) + 1).view(torch.float16)
-    scales = torch.where(near.to(x.dtype) < x, above, near)
-    if not torch.isfinite(scales).all():
-        largest = x.max().item()
-        raise ValueError(
-            f"a group of weights needs a scale of {largest:g}, beyond the largest float16, 65504; keep it in 16 bits"
-            if math.isfinite(largest)
-            else "the weight has values that are not finite"
-        )
-    return scales
+def stored_scales(
+    scales: Float[Tensor, "out n"], spec: QuantSpec, *, up: bool
+) -> tuple[Shaped[Tensor, "out n"], Float16[Tensor, "out 1"] | None]:
+    """What is stored for wanted scales: float16, or codes and each row's step.
+
+    Args:
+        up: no scale becomes smaller than wanted, so that nothing is clipped; otherwise the nearest.
+    Raises:
+        ValueError: a scale is not finite or beyond float16's largest.
+    """
+    if spec.scale_bits == 16:
+        return (half_at_least(scales) if up else finite_half(scales)), None
+    top = 2**spec.scale_bits - 1
+    wanted = scales.double()
+    largest = wanted.amax(1, keepdim=True) if wanted.shape[1] else wanted.new_zeros(len(wanted), 1)
+    steps = half_at_least(largest / top)
+    counts = wanted / torch.where(steps == 0, 1, steps.double())
+    return (counts.ceil_() if up else counts.round_()).to(torch.uint8), steps
 
 
-def by_group(values: Shaped[Tensor, "out d"], group_size: int | None) -> list[tuple[Shaped[Tensor, "out m g"], slice]]:
-    """Views of `values` with its groups as the second dimension, and which groups those are; the ragged one apart."""
-    d = values.shape[1]
-    g = d if group_size is None else min(group_size, d)
-    whole = d // g if g else 0
-    views = [(values[:, : whole * g].unflatten(1, (whole, g)), slice(0, whole))] if whole else []
-    if whole * g < d:
-        views.append((values[:, whole * g :].unsqueeze(1), slice(whole, whole + 1)))
-    return views
+def decode(
+    scales: Float16[Tensor, "out n"] | UInt8[Tensor, "out n"], steps: Float16[Tensor, "out 1"] | None
+) -> Float[Tensor, "out n"]:
+    """Scales as numbers, float32, in which every product of a code and a step is exact."""
+    return scales.float() if steps is None else scales.float() * steps.float()
 
 
-def scale_(values: Float[Tensor, "out d"], scales: Float16[Tensor, "out n"], *, group_size: int | None) -> None:
-    """Multiply every value by the scale of its group, in place."""
+def decoded_scales(rounded: Rounded, spec: QuantSpec) -> Float[Tensor, "out n"]:
+    return decode(rounded.scales, rounded.steps)
+
+
+def scale_(
+    values: Float[Tensor, "out d"],
+    scales: Float[Tensor, "out n"],
+    zeros: UInt8[Tensor, "out n"] | None,
+    *,
+    group_size: int | None,
+) -> None:
+    """Subtract the zero of its group from every value and multiply it by the scale, in place."""
     for group, n in by_group(values, group_size):
+        if zeros is not None:
+            group.sub_(zeros[:, n, None])
         group.mul_(scales[:, n, None].to(values.dtype))
 
 
-def dequantize(
-    codes: UInt8[Tensor, "out d"] | Int8[Tensor, "out d"],
-    scales: Float16[Tensor, "out n"],
-    *,
-    bits: int,
-    grid: str,
-    group_size: int | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Float[Tensor, "out d"]:
+def dequantize(rounded: Rounded, spec: QuantSpec, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out d"]:
     """The weight that codes and scales stand for, computed in float32 or float64 and rounded once to dtype."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    values = codes.to(wide) if bits == 8 else book(bits, grid).to(codes.device, wide)[codes.int()]
-    scale_(values, scales, group_size=group_size)
+    values = book(spec).to(rounded.codes.device, wide)[rounded.codes.int()]
+    scale_(values, decoded_scales(rounded, spec), rounded.zeros, group_size=spec.group_size)
     return values.to(dtype)

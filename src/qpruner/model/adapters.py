@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qpruner.errors import ModelError, PlanError, listed
-from qpruner.model.packed import PackedLinear
+from qpruner.model.quantized import Quantized, repacked
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -260,8 +260,8 @@ def merge_adapters_(model: nn.Module) -> None:
 
 def merged(base: nn.Module, correction: Tensor) -> nn.Module:
     """The linear with `correction`, (d_out, d_in), added."""
-    if isinstance(base, PackedLinear):
-        return PackedLinear.from_weight(base.dequantize(torch.float64) + correction, base.bias, base.spec)
+    if isinstance(base, Quantized):
+        return repacked(base, base.dequantize(torch.float64) + correction)
     added = correction.T if isinstance(base, Conv1D) else correction
     base.weight.copy_(base.weight.double() + added)
     return base

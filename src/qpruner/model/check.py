@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from qpruner.errors import PlanError, listed
 from qpruner.model.graph import Graph, Group
-from qpruner.plan import Plan
+from qpruner.plan import Plan, QuantSpec
 
 
 def check_plan(plan: Plan, graph: Graph) -> None:
@@ -13,6 +13,7 @@ def check_plan(plan: Plan, graph: Graph) -> None:
     origin = f"plan for {plan.model_name!r}"
     check_kept(graph, plan.kept, origin=origin)
     _check_names(plan.specs, graph.linears, origin, "linear", "needs a spec, of 16 bits where it stays as it is")
+    check_fused(plan.specs, graph, origin=origin)
     _check_known(plan.adapter_ranks, graph.linears, origin, "linear")
     _check_known(plan.added_biases, graph.linears, origin, "linear")
     if biased := [name for name in plan.added_biases if graph.linears[name].bias]:
@@ -21,6 +22,30 @@ def check_plan(plan: Plan, graph: Graph) -> None:
         raise PlanError(
             f"{origin} gives an adapter of rank below 1 to {listed(wrong)}. Ranks start at 1; leave out a linear "
             "that gets no adapter."
+        )
+
+
+def check_fused(specs: Mapping[str, QuantSpec], graph: Graph, *, origin: str = "plan") -> None:
+    """Raises PlanError where linears that runtimes fuse are stored differently."""
+    for projection in graph.projections:
+        found = {name: str(specs[name]) for name in projection.linears}
+        if len(set(found.values())) > 1:
+            said = ", ".join(f"{name.rpartition('.')[2]} {spec}" for name, spec in found.items())
+            raise PlanError(
+                f"{origin} stores the linears of {projection.name!r} differently: {said}. "
+                f"{' and '.join(name.rpartition('.')[2] for name in found)} share a spec, because runtimes fuse them."
+            )
+
+
+def check_salient(
+    specs: Mapping[str, QuantSpec], shapes: Mapping[str, tuple[int, int]], *, origin: str = "plan"
+) -> None:
+    """Raises PlanError where more channels are to be kept at high precision than there are besides one. shapes: (d_out,
+    d_in) of what is left of each linear."""
+    if wrong := [name for name, spec in specs.items() if spec.salient and spec.salient >= shapes[name][1]]:
+        raise PlanError(
+            f"{origin} has no more channels than salient ones in {len(wrong)} linear(s): {listed(wrong)}. "
+            f"{wrong[0]!r} has {shapes[wrong[0]][1]} inputs; ask for fewer, or store it at more bits."
         )
 
 

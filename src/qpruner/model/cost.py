@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from qpruner.errors import PlanError, listed
-from qpruner.math.grids import group_count
+from qpruner.model.check import check_fused, check_salient
 from qpruner.model.graph import Graph, LinearSite, Stack
+from qpruner.model.storage import stored_parts
 from qpruner.model.surgery import remaining, remaining_slices
 from qpruner.plan import Plan, QuantSpec
 
@@ -121,8 +122,7 @@ def weight_tensors(d_out: int, d_in: int, spec: QuantSpec, dense_dtype: str) -> 
     """Attribute -> tensor, for the weight of one linear as stored."""
     if spec.bits == 16:
         return {"weight": (dense_dtype, (d_out, d_in))}
-    codes = ("U8", (d_out, -(-d_in // 2))) if spec.bits == 4 else ("I8", (d_out, d_in))
-    return {"codes": codes, "scales": ("F16", (d_out, group_count(d_in, spec.group_size)))}
+    return stored_parts(d_out, d_in, spec)
 
 
 def kept_shapes(graph: Graph, kept: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
@@ -144,6 +144,9 @@ def stored_tensors(
     check_names(graph, plan)
     stored = {name: (dtype if d in WIDE else d, shape) for name, (d, shape) in tensors.items()}
     shapes = kept_shapes(graph, plan.kept)
+    origin = f"plan for {plan.model_name!r}"
+    check_fused(plan.specs, graph, origin=origin)
+    check_salient(plan.specs, shapes, origin=origin)
     for name, site in graph.linears.items():
         (d_out, d_in), spec = shapes[name], plan.specs[name]
         weight, bias = f"{name}.weight", f"{name}.bias"
@@ -241,7 +244,8 @@ def safetensors_header(
 def predict_size(tensors: Mapping[str, TensorSpec], graph: Graph, plan: Plan, dtype: str = "BF16") -> StoredSize:
     """Size of the artifact's tensor files: model.safetensors, and adapter_model.safetensors if there are adapters."""
     base, adapters = stored_tensors(tensors, graph, plan, dtype), adapter_tensors(graph, plan, dtype)
-    weights = {f"{name}.{part}" for name in graph.linears for part in ("weight", "codes", "scales")} | {*graph.stacks}
+    parts = {name: weight_tensors(1, 1 + plan.specs[name].salient, plan.specs[name], dtype) for name in graph.linears}
+    weights = {f"{name}.{part}" for name in graph.linears for part in parts[name]} | {*graph.stacks}
     inside = tuple(f"{layer}." for layer in graph.layers)
     sizes = {"linears": 0, "embeddings": 0, "other": 0}
     for name, tensor in base.items():

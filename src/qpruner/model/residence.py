@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qpruner.model.skeleton import decoder_layers
+from qpruner.model.storage import EXACT
 from qpruner.model.tensors import Tensors
 
 
@@ -110,7 +111,7 @@ class Residence:
     def _place(self, tensors: dict[str, Tensor]) -> None:
         while tensors:  # each stored form goes as soon as it was converted
             name, tensor = tensors.popitem()
-            if tensor.is_floating_point() and not name.endswith(".scales"):
+            if tensor.is_floating_point() and not name.endswith(EXACT):
                 wide = any(part in name for part in self._wide)
                 tensor = tensor.to(torch.promote_types(self._dtype, torch.float32) if wide else self._dtype)
             tensor = tensor.to(self._device)
