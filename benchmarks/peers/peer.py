@@ -117,7 +117,8 @@ def run(quantize: Callable[[Job], Quantized], packages: list[str], variants: lis
         "peer": packages[0], "variant": args.variant, "bits": args.bits, "group_size": args.group_size,
         "seed": args.seed, "wall_seconds": job.wall_seconds, "cpu_seconds": job.cpu_seconds,
         "peak_rss_mib": peak, "rss_before_mib": job.rss_before_mib, "stored_bytes": result.stored_bytes,
-        "n_weights_with_padding": n_weights, "relative_error": relative_error, "settings": result.settings, "notes": result.notes,
+        "n_weights_with_padding": n_weights, "relative_error": relative_error,
+        "settings": result.settings, "notes": result.notes,
         "threads": torch.get_num_threads(), "python": platform.python_version(),
         "versions": {p: version(p) for p in [*packages, "torch", "transformers"]},
     }  # fmt: skip
