@@ -28,6 +28,7 @@ class Peer:
 
 
 PEERS = {
+    "qpruner": Peer("qpruner_.py", (), ("fast", "full", "nearest", "layers")),
     "hqq": Peer("hqq_.py", ("hqq==0.2.8", "transformers", "accelerate"), ("rtn", "axis1", "axis0")),
     "torchao": Peer(
         "torchao_.py", ("torchao==0.18.*", "transformers", "accelerate"), ("intx-asym", "intx", "intx-hqq")
@@ -53,6 +54,8 @@ PEERS = {
 
 def python_of(name: str, folder: Path) -> Path:
     """The interpreter of a peer's environment, which is made when it is missing."""
+    if name == "qpruner":
+        return Path(sys.executable)
     home = folder.expanduser().resolve() / name
     python, done = home / "bin" / "python", home / "installed"
     if done.exists():

@@ -52,7 +52,10 @@ def run_cell(python: Path, name: str, variant: str, bits: int, inputs: Path, cel
     asked = [python, HERE / PEERS[name].adapter, "--model", inputs / "model", "--inputs", inputs, "--bits", str(bits)]
     asked += ["--group-size", str(args.group_size), "--variant", variant, "--seed", str(args.seed), "-o", cell]
     with open(cell / "log.txt", "w") as log:
-        code = subprocess.run(asked, stdout=log, stderr=log, cwd=cell, env={**os.environ, **ENVIRONMENT}).returncode
+        ours = {"PYTHONPATH": str(HERE.parents[1] / "src")} if name == "qpruner" else {}
+        code = subprocess.run(
+            asked, stdout=log, stderr=log, cwd=cell, env={**os.environ, **ENVIRONMENT, **ours}
+        ).returncode
     if code:
         lines = (cell / "log.txt").read_text().strip().splitlines()
         (cell / "failed.txt").write_text((lines or [f"ended with {code}"])[-1] + "\n")
