@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from qpruner.do.fused import Fused, by_name, fused_in
-from qpruner.do.junction import Junction, inputs_of, outputs_of
+from qpruner.do.junction import Junction, inputs_of
 from qpruner.do.replay import End, Replay, ends_of
 from qpruner.do.walk import FACTS, in_order, n_fitted, side_by_side
 from qpruner.math import propagation
-from qpruner.math.least_squares import Moments
+from qpruner.math.least_squares import Moments, Pairs
 from qpruner.model.graph import Graph
 from qpruner.model.memory import REFIT_TOKENS
 from qpruner.model.quantized import Quantized, assembled, packed
@@ -229,21 +229,29 @@ class _Layer:
         self, theirs: Replay, ours: Replay, fused: Fused, junction: Junction, later: list[str]
     ) -> tuple[Moments, Moments] | None:
         """Of the windows that are fitted to, and of those held out; None if it does not see every token in both."""
-        W, bias, kept = fused.W, fused.bias_of_some, fused.kept(self._rows)
-        left = (lambda Y: Y) if kept is None else (lambda Y: Y[:, kept.to(W.device)])
+        W = fused.W
+        kept = fused.kept(self._rows).to(W.device)
+        fixed = 0 if fused.b is not None else fused.constant  # a bias that all of them have moves
+        if junction.place is None:
+            whole = Fused(theirs.layer, fused.sites, fused.spec)
+            return self._of_inputs(theirs, ours, fused.first, whole.W[kept], whole.constant[kept] - fixed)
         parts = [Moments(W.shape[1], W.shape[0], W.device) for _ in range(2)]
         for b, (first, rows) in enumerate(ours.batches):
-            if junction.place is None:
-                X, Y = inputs_of(ours, b, fused.first), outputs_of(theirs, b, list(fused.sites))
-            else:
-                own, aim = (junction.look(walk, b, later) for walk in (ours, theirs))
-                if own is None or aim is None or len(own.X) != len(aim.X):
-                    return None
-                X, Y = own.X, aim.Y.add_(aim.rest)
-            if X is None or Y is None or not len(X) == len(Y) == rows.numel():
+            own, aim = (junction.look(walk, b, later) for walk in (ours, theirs))
+            if own is None or aim is None or not len(own.X) == len(aim.X) == rows.numel():
                 return None
-            Y = left(Y)
-            if junction.place is not None:
-                Y = Y - own.rest
-            parts[first >= self._border].add_(X, Y if bias is None else Y - bias)
+            parts[first >= self._border].add_(own.X, (aim.Y + aim.rest)[:, kept] - own.rest - fixed)
         return parts[0], parts[1]
+
+    def _of_inputs(
+        self, theirs: Replay, ours: Replay, inner: str, W: Tensor, constant: Tensor
+    ) -> tuple[Moments, Moments] | None:
+        """W, constant: of the original, of the rows that are left."""
+        pairs = None
+        for b, (first, rows) in enumerate(ours.batches):
+            X, Z = inputs_of(ours, b, inner), inputs_of(theirs, b, inner)
+            if X is None or Z is None or not len(X) == len(Z) == rows.numel():
+                return None
+            pairs = pairs or [Pairs(X.shape[1], Z.shape[1], X.device) for _ in range(2)]
+            pairs[first >= self._border].add_(X, Z)
+        return pairs[0].moments(W, constant), pairs[1].moments(W, constant)
