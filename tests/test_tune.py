@@ -109,7 +109,7 @@ def test_the_network_comes_nearer_to_the_original(spec, monkeypatch):
 def test_what_does_not_help_on_held_out_windows_is_undone(monkeypatch):
     model, rounded = quantized_model(SPECS[0])
     before = {name: t.clone() for name, t in rounded.state_dict().items()}
-    monkeypatch.setattr("qpruner.do.tune.LATENTS_RATE", 300.0)
+    monkeypatch.setattr("qpruner.do.tune.LATENTS_RATE", 3e4)
     tuned = tune_network_(rounded, predictions(model), IDS, steps=3, batch_size=2, held_out=0.25, seed=0)
     assert not tuned.helped
     assert all(torch.equal(t, before[name]) for name, t in rounded.state_dict().items())

@@ -67,6 +67,8 @@ def facts_of(
         ),  # fmt: skip
         fusion=fusion(prepared, decided),
         reconstruction=tuple(report.Refitted(**row) for row in measured.reconstruction),
+        rounding=tuple(report.RoundedLinear(**row) for row in measured.done.rounding),
+        tuning=tuning(measured),
         information=tuple(report.Information(**row) for row in decided.information),
         sensitivities=tuple(
             report.Sensitivity(unit=unit.name, layer=unit.layer, bits=bits, nats=nats)
@@ -167,6 +169,14 @@ def fusion(prepared: Prepared, decided: Decided) -> report.Fusion | None:
         if groups[name].kind in prepared.recipe.units
     )
     return report.Fusion(way=fused.way, losses=fused.losses, blend=blend, curve=fused.curve)
+
+
+def tuning(measured: Measured) -> report.Tuning | None:
+    found = measured.done.tuning
+    if found is None:
+        return None
+    curve = tuple(report.LossPoint(step=step, loss=loss) for step, loss in found["curve"])
+    return report.Tuning(before=found["before"], after=found["after"], curve=curve)
 
 
 def search(decided: Decided, measured: Measured) -> report.Search | None:

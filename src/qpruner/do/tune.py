@@ -7,7 +7,7 @@ out: where learning did not help on it, everything stays as it was.
 
 Sources: AutoRound (arXiv:2309.05516) learns rounding and ranges of a layer by signed gradients; EfficientQAT
 (arXiv:2407.11062) all of a block, then scales end to end; LLM-QAT (arXiv:2305.17888) distils from the original. Adam on
-latents counted in steps of their grid is ours: a rate of 0.02 means the same for every weight.
+latents counted in steps of their grid is ours: one rate then suits every grid and width.
 """
 
 import math
@@ -27,7 +27,9 @@ from qpruner.model.quantized import Quantized
 from qpruner.model.stream import Step
 from qpruner.plan import Plan
 
-LATENTS_RATE, GROWTHS_RATE, VECTORS_RATE = 2e-2, 1e-3, 2e-3  # Adam's; latents in steps between values of the grid
+# Adam's. Latents in steps between values of the grid, over the number of inputs: all of them may move one way, and the
+# output is then to move as far in a wide linear as in a narrow one (the rule of arXiv:2203.03466 for Adam).
+LATENTS_RATE, GROWTHS_RATE, VECTORS_RATE = 1.28, 1e-3, 2e-3
 LOGITS_AT_ONCE = 2**24  # elements, of either model
 WARMUP = 0.05  # of the steps
 
@@ -191,7 +193,7 @@ def _descend(
     """loss_of: of so many numbers of windows or batches; calls backward itself where gradients are asked for."""
     linears = learned.linears.values()
     groups = [
-        *((LATENTS_RATE * mean_gap(linear.spec), [linear.latents]) for linear in linears),
+        *((LATENTS_RATE * mean_gap(linear.spec) / linear.in_features, [linear.latents]) for linear in linears),
         (GROWTHS_RATE, [linear.growths for linear in linears]),
         (VECTORS_RATE, vectors),
     ]
