@@ -19,6 +19,7 @@ from qpruner.model.graph import Graph
 QUICK = "window=64,calibration_windows=8,search_windows=4,evaluation_windows=4,width_grid=16"
 GPTAQ = f"gptaq[{QUICK},bits=[3],group_size=16]"
 PRUNED = f"gptaq[{QUICK},bits=[3],group_size=16,kept=0.5,reconstruction=least-squares,added_biases=true]"
+NARROW = f"gptaq[{QUICK},bits=[2],group_size=16,salient=2,precision=bfloat16]"
 TRAINED = f"gptq[{QUICK},steps=2,batch_size=2,adapter_rank=4,loftq_iterations=0]"
 MIXED = f"gptq[{QUICK},bits=[2,4],group_size=16,symmetric=true,salient=2,allocation=mutual-information]"
 
@@ -58,7 +59,7 @@ print(json.dumps([type(model).__name__, model(input_ids=ids).logits.tolist()]))
 """
 
 
-@pytest.mark.parametrize("recipe", [GPTAQ, PRUNED, MIXED], ids=["gptaq", "pruned", "mixed"])
+@pytest.mark.parametrize("recipe", [GPTAQ, PRUNED, MIXED, NARROW], ids=["gptaq", "pruned", "mixed", "bfloat16"])
 def test_the_codes_ship_in_the_predicted_bytes(model, tmp_path, short_text, recipe):
     made = compress(model, tmp_path / "out", recipe, short_text)
     stored, found = load_file(made.artifact / "model.safetensors"), found_in(tmp_path / "out.run")

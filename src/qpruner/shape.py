@@ -3,6 +3,7 @@
 Everything here is computed from shapes, in seconds, and touches no file of weights.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -232,13 +233,6 @@ def work_for(shape: Shape, recipe: Recipe, counts: widths.Counts, window: int) -
         for name, site in (bereft(shape.graph, kept) | bereft_stacks(shape.graph, kept)).items():
             n_experts = site.n_experts if name in shape.graph.stacks else 0
             refits.append(memory.Refit(*dims.get(name, (site.d_out, site.d_in)), n_experts))
-    rounds = []
-    if recipe.rounds().needs_text and recipe.bits[0] < 16:
-        for fused in shape.graph.projections:
-            sites = [shape.graph.linears[name] for name in fused.linears]
-            settings = recipe.rounds()
-            d_out, k, candidates = sum(site.d_out for site in sites), sites[0].d_in, 1 + len(settings.dampings)
-            rounds.append(memory.Rounds(d_out, k, settings.propagation, candidates))
     return memory.Work(
         score=recipe.score,
         calibration=(recipe.calibration_windows, window),
@@ -252,12 +246,26 @@ def work_for(shape: Shape, recipe: Recipe, counts: widths.Counts, window: int) -
         measures_influence=measures_influence(recipe),
         whole_bytes=whole,
         refits=max(refits, key=lambda refit: refit.size_bytes, default=None),
-        rounds=max(rounds, key=lambda each: each.size_bytes, default=None),
+        rounds=rounds_for(shape, recipe),
         training_tokens=max(
             recipe.batch_size * window if recipe.steps and recipe.adapter_rank else 0,
             recipe.tuning_batch * window if tunes_network(recipe) else 0,
         ),
     )
+
+
+def rounds_for(shape: Shape, recipe: Recipe) -> memory.Rounds | None:
+    """The most that rounding with text is asked for at once."""
+    settings, found, ends = recipe.rounds(), [], Counter()
+    if not settings.needs_text or recipe.bits[0] == 16:
+        return None
+    for fused in shape.graph.projections:
+        sites = [shape.graph.linears[name] for name in fused.linears]
+        ends[fused.layer] += sites[0].d_in if len(sites) == 1 else 0
+        found.append((sum(site.d_out for site in sites), sites[0].d_in))
+    how = max(ends.values(), default=0), settings.propagation, 1 + len(settings.dampings)
+    rounds = [memory.Rounds(d_out, k, *how) for d_out, k in found]
+    return max(rounds, key=lambda each: each.size_bytes, default=None)
 
 
 def evaluation_batch(window: int, vocabulary: int) -> int:

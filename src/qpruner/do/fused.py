@@ -33,7 +33,9 @@ class Fused:
 
     @property
     def W(self) -> Tensor:
-        return torch.cat([W for *_, W in self.linears])
+        """In float32 at least."""
+        W = torch.cat([W for *_, W in self.linears])
+        return W if W.dtype == torch.float64 else W.float()
 
     @property
     def b(self) -> Tensor | None:
