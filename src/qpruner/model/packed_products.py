@@ -9,16 +9,23 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qpruner.model import arranged
+from qpruner.model.arranged import Arranged
 from qpruner.model.storage import signed_bytes
 from qpruner.plan import QuantSpec
+
+FEW = 32  # tokens
 
 
 class Packed(Protocol):
     """What products need of a packed linear."""
 
     spec: QuantSpec
-    codes: Tensor
+    steps: Tensor | None
 
+    @property
+    def codes(self) -> Tensor: ...
+    def arranged(self, make: bool = False) -> Arranged | None: ...
     def tiles(self) -> list[slice]: ...
     def dequantize_rows(self, rows: slice, dtype: torch.dtype) -> Tensor: ...
     def scales_of(self, rows: slice) -> Tensor: ...
@@ -44,7 +51,7 @@ class PackedProduct(torch.autograd.Function):
         ctx.layer = layer
         if layer.spec.activation_bits < 16:
             return product_of_rounded(x, layer)
-        return by_tile(function_of(x, layer), x, layer)
+        return product_as_is(x, layer)
 
     @staticmethod
     @once_differentiable
@@ -57,6 +64,18 @@ class PackedProduct(torch.autograd.Function):
                 part = part.float()  # sums over tiles are not rounded at every step
             total = part if total is None else total + part
         return total.to(gradient.dtype), None
+
+
+def product_as_is(x: Tensor, layer: Packed) -> Tensor:
+    if few_on_cpu(x) and (order := layer.arranged(make=True)):
+        return order.product(x.reshape(-1, x.shape[-1]), layer.steps).unflatten(0, x.shape[:-1])
+    return by_tile(function_of(x, layer), x, layer)
+
+
+def few_on_cpu(x: Tensor) -> bool:
+    """Whether torch's 4-bit product is the fastest for such inputs."""
+    n = x.numel() // max(x.shape[-1], 1)
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and 0 < n <= FEW and arranged.supported()
 
 
 def product_of_values(x: Tensor, layer: Packed, rows: slice) -> Tensor:
@@ -81,12 +100,12 @@ def product_of_rounded(x: Tensor, layer: Packed) -> Tensor:
     counts, steps = rounded_tokens(x, layer.spec.activation_bits)
     if x.dtype == torch.float16:  # the sums of integers could leave its range
         x = (counts * steps).to(x.dtype)
-        return by_tile(function_of(x, layer), x, layer)
+        return product_as_is(x, layer)
     if integer_arithmetic(x, layer.spec):
         y = by_tile(product_of_integers, counts.to(torch.int8).flatten(0, -2), layer).unflatten(0, x.shape[:-1])
     else:
         counts = counts.to(x.dtype)
-        y = by_tile(function_of(counts, layer), counts, layer)
+        y = product_as_is(counts, layer)
     return (y * steps).to(x.dtype)
 
 
