@@ -50,11 +50,16 @@ class Arranged:
         whole, rest = divmod(self.share, self.stretch)
         return ([self.stretch] * whole + [rest] * (rest > 0)) * nibbles.SHARES[self.spec.bits]
 
-    def by_row(self, part: Tensor) -> Tensor:
-        """Scales or zeros as they are stored, (d_out, groups)."""
-        n = len(part) // self.rows
-        stretches = part.split([n * rows for rows in self.lengths()])
-        return torch.cat([s.view(n, -1).T for s in stretches])[: self.d_out]
+    def by_row(self, part: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Scales or zeros of some rows as they are stored, (rows, groups)."""
+        n, at, found = len(part) // self.rows, 0, []
+        start, stop, _ = rows.indices(self.d_out)
+        for length in self.lengths():
+            if start < at + length and at < stop:
+                stretch = part[n * at : n * (at + length)].view(n, length)
+                found.append(stretch[:, max(start - at, 0) : stop - at].T)
+            at += length
+        return torch.cat(found)
 
     def codes_of(self, rows: slice) -> Tensor:
         """The codes of some rows, one to a byte."""
@@ -70,8 +75,8 @@ class Arranged:
 
     def rounded(self, steps: Tensor | None) -> grids.Rounded:
         """What came in."""
-        zeros = None if self.zeros is None else self.by_row(self.zeros).contiguous()
-        return grids.Rounded(self.codes_of(slice(None)), self.by_row(self.scales).contiguous(), steps, zeros)
+        zeros = None if self.zeros is None else self.by_row(self.zeros)
+        return grids.Rounded(self.codes_of(slice(None)), self.by_row(self.scales), steps, zeros)
 
     def product(self, x: Tensor, steps: Tensor | None) -> Tensor:
         """x @ W.T for x of (tokens, d_in), bfloat16."""

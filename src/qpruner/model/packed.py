@@ -168,11 +168,12 @@ class PackedLinear(nn.Linear):
         spec, wide = self.spec, torch.float64 if dtype == torch.float64 else torch.float32
         width = code_width(spec)
         if arranged := self.arranged():
-            values = book(spec).to(wide)[arranged.codes_of(rows).int()]
+            values = arranged.codes_of(rows).to(wide)
+            values = values.mul_(2).sub_(1) if spec.grid == "binary" else values.add_(lowest(spec))
             scales = grids.decode(
-                arranged.by_row(arranged.scales)[rows], None if self.steps is None else self.steps[rows]
+                arranged.by_row(arranged.scales, rows), None if self.steps is None else self.steps[rows]
             )
-            zeros = None if arranged.zeros is None else arranged.by_row(arranged.zeros)[rows]
+            zeros = None if arranged.zeros is None else arranged.by_row(arranged.zeros, rows)
             grids.scale_(values, scales, zeros, group_size=spec.group_size)
             return values.to(dtype)
         if signed_bytes(spec):
