@@ -83,13 +83,14 @@ def ours():
     ordered = ("4-bit order", lambda x, layer: layer.arranged(make=True).product(x, layer.steps))
     codes = ("codes by tile", lambda x, layer: products.by_tile(products.product_of_codes, x, layer))
     whole = ("whole bytes", products.product_of_bytes)
-    both = (unpacked, ordered)
+    compiled = ("compiled", products.product_compiled)
+    both, four = (unpacked, ordered), (unpacked, ordered, compiled)
     return {
-        "nf4 g64": (NF4, (unpacked,)),
-        "int4 g32": (integer(4, 32), both),
-        "int4 g128": (integer(4, 128), both),
-        "int4 g32 asymmetric": (integer(4, 32, symmetric=False), both),
-        "int4 g128 asymmetric": (integer(4, 128, symmetric=False), both),
+        "nf4 g64": (NF4, (unpacked, compiled)),
+        "int4 g32": (integer(4, 32), four),
+        "int4 g128": (integer(4, 128), four),
+        "int4 g32 asymmetric": (integer(4, 32, symmetric=False), four),
+        "int4 g128 asymmetric": (integer(4, 128, symmetric=False), four),
         "int3 g64": (integer(3, 64), both),
         "int2 g64": (integer(2, 64), both),
         "ternary g64": (QuantSpec(bits=2, grid="ternary", group_size=64), (unpacked,)),

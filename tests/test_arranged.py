@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from qpruner.model import arranged
+from qpruner.model import arranged, packed_products
+from qpruner.model.arranged import Arranged
 from qpruner.model.packed import PackedLinear
-from qpruner.plan import NF4, QuantSpec
+from qpruner.plan import INT8, NF4, QuantSpec
 
 INTEGERS = [
     QuantSpec(bits=bits, grid="integer", group_size=group_size, symmetric=symmetric)
@@ -142,3 +143,35 @@ def test_a_layer_is_still_a_linear_of_frozen_bytes(rand):
     layer = layer_of(rand, ORDERED[0], 256, 64)
     layer(rand(1, 64).bfloat16())
     assert isinstance(layer, nn.Linear) and layer.weight.dtype == torch.uint8 and layer.weight.dim() == 1
+
+
+@needs_kernel
+@pytest.mark.parametrize("n", [1, 3, 8, 9])
+@pytest.mark.parametrize("d_in", [64, 70])  # torch's product reads 16 at a time
+@pytest.mark.parametrize("activation_bits", [8, 16])
+def test_whole_bytes_and_integers_err_as_the_dense_product(rand, n, d_in, activation_bits):
+    layer = PackedLinear.from_weight(
+        rand(130, d_in), None, QuantSpec(bits=8, grid="integer", activation_bits=activation_bits)
+    )
+    x = rand(n, d_in).bfloat16()
+    exact = x.double() @ layer.dequantize(torch.float64).T
+    assert error(layer(x), exact) < (0.006 if activation_bits == 16 else 0.02)
+
+
+@needs_kernel
+def test_each_kind_of_input_gets_its_product(rand, monkeypatch):
+    used = []
+    for name in ("product_of_bytes", "product_of_codes", "product_of_values"):
+        own = getattr(packed_products, name)
+        monkeypatch.setattr(packed_products, name, lambda *a, own=own, name=name: used.append(name) or own(*a))
+    monkeypatch.setattr(Arranged, "product", lambda *a, own=Arranged.product: used.append("order") or own(*a))
+
+    def by(spec, n, d_in=64, dtype=torch.bfloat16):
+        used.clear()
+        PackedLinear.from_weight(rand(128, d_in), None, spec)(rand(n, d_in).to(dtype))
+        return used[0]
+
+    int4 = QuantSpec(bits=4, grid="integer", group_size=32)
+    assert by(int4, 1) == by(int4, 32) == "order" and by(int4, 33) == by(int4, 1, dtype=torch.float32)
+    assert by(INT8, 8) == "product_of_bytes" and by(INT8, 9) == by(INT8, 1, d_in=72) == "product_of_codes"
+    assert by(NF4, 1) == "product_of_values"

@@ -67,7 +67,8 @@ def product(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, spec
     sums = wide.view(n, -1, group).sum(-1)
     apart = wide.view(n, -1, BLOCK // 2, 2).transpose(2, 3).contiguous()
     y = torch.empty(n, len(codes))
-    parts = [apart, sums, codes.contiguous(), scales.contiguous(), zeros, values(spec), y]
+    parts = [apart, sums, codes, scales, zeros, values(spec), y]
+    parts = [None if part is None else part.contiguous() for part in parts]  # kept until the call is over
     pointers = [None if part is None else part.data_ptr() for part in parts]
     library().product(n, *pointers, columns, codes.shape[1], group, len(codes))
     return y

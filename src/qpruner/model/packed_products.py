@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qpruner.model import arranged
+from qpruner.model import arranged, native
 from qpruner.model.arranged import Arranged
 from qpruner.model.storage import signed_bytes
 from qpruner.plan import QuantSpec
@@ -19,8 +19,10 @@ from qpruner.plan import QuantSpec
 # Up to how many tokens a product is the fastest on a CPU, by benchmarks/packed_decoding.py at 4096 x 4096 to 11008.
 # Up to four tokens cost torch's 4-bit and 8-bit products about as much as one, then each costs its share, whereas
 # unpacking costs the same whatever comes, as much as some 30 or, from the 4-bit order, 100 tokens of those products.
-# `_int_mm` multiplies one token by rows as they lie, and copies the weight for more.
-MOST = {"to arrange": 32, "in order": 96, "bytes": 8, "integers one by one": 8}
+# Compiled products cost each token its share from the second on. `_int_mm` multiplies one token by rows as they lie,
+# and copies the weight for more.
+MOST = {"to arrange": 32, "in order": 96, "compiled": 16, "bytes": 8, "integers one by one": 8}
+SMALLEST_COMPILED = 2**20  # weights for which a process runs the compiler, for a second, once
 
 
 class Packed(Protocol):
@@ -28,12 +30,17 @@ class Packed(Protocol):
 
     spec: QuantSpec
     steps: Tensor | None
+    in_features: int
+    out_features: int
 
     @property
     def codes(self) -> Tensor: ...
+    @property
+    def scales(self) -> Tensor: ...
     def arranged(self, make: bool = False) -> Arranged | None: ...
     def tiles(self) -> list[slice]: ...
     def dequantize_rows(self, rows: slice, dtype: torch.dtype) -> Tensor: ...
+    def zeros_of(self, rows: slice) -> Tensor | None: ...
     def scales_of(self, rows: slice) -> Tensor: ...
     def integers_of(self, rows: slice) -> Tensor: ...
 
@@ -70,6 +77,8 @@ def product_as_is(x: Tensor, layer: Packed) -> Tensor:
     """x @ W.T by the fastest function for such x."""
     if order := order_for(x, layer):
         return by_token(order.product, x, layer.steps)
+    if n_tokens(x) <= MOST["compiled"] and compiled_fits(x, layer):
+        return by_token(product_compiled, x, layer)
     if torchs_own(x) and n_tokens(x) <= MOST["bytes"] and whole_bytes(layer):
         return by_token(product_of_bytes, x, layer)
     return by_tile(product_of_codes if scale_last(x, layer.spec) else product_of_values, x, layer)
@@ -94,6 +103,18 @@ def by_token(one_product, x: Tensor, *args) -> Tensor:
     """A product of (tokens, d_in) for inputs of any shape."""
     y = one_product(x.reshape(n_tokens(x), x.shape[-1]), *args)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def compiled_fits(x: Tensor, layer: Packed) -> bool:
+    """Whether there is a compiled product, for weights large enough to look for one."""
+    floats = x.numel() > 0 and x.dtype in (torch.bfloat16, torch.float32) and x.device.type == "cpu"
+    large = layer.out_features * layer.in_features >= SMALLEST_COMPILED
+    return floats and large and native.fits(layer.spec) and native.library() is not None
+
+
+def product_compiled(x: Tensor, layer: Packed) -> Tensor:
+    zeros = layer.zeros_of(slice(None))
+    return native.product(x, layer.codes, layer.scales, zeros, layer.spec).to(x.dtype)
 
 
 def scale_last(x: Tensor, spec: QuantSpec) -> bool:
