@@ -34,10 +34,13 @@ def library() -> ctypes.CDLL | None:
     with tempfile.TemporaryDirectory(prefix="qpruner-") as folder:
         built = Path(folder) / "products.so"
         command = [compiler, *FLAGS, "-o", str(built), str(SOURCE)]
-        if subprocess.run(command, capture_output=True, timeout=60).returncode:
+        try:
+            if subprocess.run(command, capture_output=True, timeout=60).returncode:
+                return None
+            # torch's own threads: the name of its OpenMP library is the one that this asks for.
+            found = ctypes.CDLL(str(built))
+        except (subprocess.TimeoutExpired, OSError):  # a folder that nothing may be run from, for instance
             return None
-        # torch's own threads: the name of its OpenMP library is the one that this asks for.
-        found = ctypes.CDLL(str(built))
     size, pointer = ctypes.c_int64, ctypes.c_void_p
     found.product.argtypes = [size, *[pointer] * 7, *[size] * 4]
     found.product.restype = None
