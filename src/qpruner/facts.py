@@ -14,6 +14,7 @@ from qpruner.deciding import Decided
 from qpruner.job import partial
 from qpruner.model import cost, memory
 from qpruner.model.discover import spans
+from qpruner.plan import Plan
 from qpruner.prepare import Prepared
 from qpruner.report import facts as report
 from qpruner.run import digest_of
@@ -76,7 +77,7 @@ def facts_of(
             for bits, nats in zip(prepared.recipe.bits, row, strict=True)
         ),
         search=search(decided, measured),
-        recovery=recovery(prepared, measured),
+        recovery=recovery(prepared, decided.plan, measured),
         memory=used,
         stages=tuple(report.Stage(name=name, seconds=s) for name, s in seconds.items()),
         warnings=warnings(prepared, decided, measured),
@@ -194,8 +195,8 @@ def search(decided: Decided, measured: Measured) -> report.Search | None:
     )
 
 
-def recovery(prepared: Prepared, measured: Measured) -> report.Recovered | None:
-    if not measured.done.loss_curve and not measured.done.loftq_errors:
+def recovery(prepared: Prepared, plan: Plan, measured: Measured) -> report.Recovered | None:
+    if not plan.adapter_ranks or not (measured.done.loss_curve or measured.done.loftq_errors):
         return None
     linears = prepared.shape.graph.linears
     return report.Recovered(
