@@ -28,7 +28,7 @@ class Peer:
 
 
 PEERS = {
-    "qpruner": Peer("qpruner_.py", (), ("fast", "full", "nearest", "layers")),
+    "qpruner": Peer("qpruner_.py", (), ("fast", "full", "nearest", "layers", "binary")),
     "hqq": Peer("hqq_.py", ("hqq==0.2.8", "transformers", "accelerate"), ("rtn", "axis1", "axis0")),
     "torchao": Peer(
         "torchao_.py", ("torchao==0.18.*", "transformers", "accelerate"), ("intx-asym", "intx", "intx-hqq")

@@ -1,9 +1,10 @@
 """qpruner itself, on the same tokens.
 
 nearest   plain rounding, ranges by squared error; it looks at no text
-fast      recipe gptaq: no descent
+fast      recipe gptaq, no descent; it needs no more than the first half of the tokens
 full      recipe low-bits: then codes and scales learned from the predictions of the original
 layers    recipe gptaq with descent layer by layer, for models whose training does not fit in memory
+binary    recipe low-bits at about 1.6 bits, whatever is asked for: signs, and one input channel in 16 at 4 bits
 """
 
 import tempfile
@@ -17,7 +18,11 @@ VARIANTS = {
     "fast": "gptaq[held_out=0.1]",
     "full": "low-bits",
     "layers": "gptaq[held_out=0.1,layer_steps=200]",
+    "binary": "low-bits[grid=binary,symmetric=true,salient_bits=4]",
 }
+
+
+CHANNELS = {64: 2, 256: 12}  # that are salient in every linear, by the hidden size: 1.6 bits or less in all
 
 
 def quantize(job: peer.Job) -> peer.Quantized:
@@ -33,11 +38,13 @@ def quantize(job: peer.Job) -> peer.Quantized:
     from qpruner.shape import shape_of
 
     recipe = recipes.load(VARIANTS[job.variant]).but({"bits": [job.bits], "group_size": job.group_size})
+    if job.variant == "binary":
+        recipe = recipe.but({"bits": [1], "group_size": 64, "salient": CHANNELS[job.load().config.hidden_size]})
     source = load.inspect_source(str(job.model_folder))
     shape = shape_of(source)
     kept = {name: tuple(range(group.n_units)) for name, group in shape.graph.groups.items()}
     plan = shape.plan(recipe, kept, job.bits, job.seed)
-    settings, tuning = plan.rounding, None
+    settings, tuning, ids = plan.rounding, None, job.ids[: recipe.calibration_windows]
     opened = lambda: open_stream(source, graph=shape.graph, dtype=torch.float32, resident=True, device="cpu")
     model = job.load()
     with tempfile.TemporaryDirectory() as folder, job.timed():
@@ -46,8 +53,8 @@ def quantize(job: peer.Job) -> peer.Quantized:
         if settings.needs_text:
             results = round_(
                 original if settings.propagation or settings.layer_steps else None, opened(), shape.graph, plan,
-                job.ids, dtype=torch.float32, scratches=(Scratch(), Scratch()),
-                tune=layer_tuner(plan, len(job.ids)) if settings.layer_steps else None,
+                ids, dtype=torch.float32, scratches=(Scratch(), Scratch()),
+                tune=layer_tuner(plan, len(ids)) if settings.layer_steps else None,
             )  # fmt: skip
             write_results(results, Path(folder), lambda i, result: facts_of(plan, i, result))
             candidates.put_stored_(plan.specs, Stored(sorted(Path(folder).glob("*.safetensors"))))
@@ -55,10 +62,10 @@ def quantize(job: peer.Job) -> peer.Quantized:
             candidates.put_(plan.specs)
         if settings.network_steps:
             scratch = Scratch()
-            original.forward(job.ids, scratch)
-            with original.predicting(job.ids, scratch) as predictions:
+            original.forward(ids, scratch)
+            with original.predicting(ids, scratch) as predictions:
                 tuning = tune_network_(
-                    model, predictions, job.ids, steps=settings.network_steps, batch_size=settings.tuning_batch,
+                    model, predictions, ids, steps=settings.network_steps, batch_size=settings.tuning_batch,
                     held_out=settings.held_out, seed=job.seed, weights=candidates.weights(),
                 )  # fmt: skip
     stored = peer.tensor_bytes(*candidates.stored(plan.specs).values())
