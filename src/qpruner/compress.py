@@ -1,6 +1,6 @@
 """The main job: a prepared request in, an artifact and a report out, through the stages of a run folder.
 
-prune -> refit what is left -> measure it -> choose bits -> quantize -> recover -> save -> judge what was saved. Each
+prune -> refit what is left -> measure it -> choose bits -> round -> recover -> save -> judge what was saved. Each
 stage names the digest of all that it depends on, so an interrupted run continues at the stage where it stopped.
 
 Everything goes through a `Stream`, layer by layer, whether all layers fit in memory or one does: the results are the
@@ -26,6 +26,7 @@ from qpruner.model import adapters, cost
 from qpruner.plan import Plan
 from qpruner.prepare import Prepared, without_layers
 from qpruner.refitting import reconstructed
+from qpruner.rounding import rounded
 from qpruner.run import digest_of
 from qpruner.shape import stored_sizes
 
@@ -39,6 +40,7 @@ class Done:
     loss_curve: list[tuple[int, float]]
     search_loss: dict[str, float]
     loftq_errors: dict[str, tuple[float, float]]
+    rounding: list[dict]  # a row for each linear whose codes were found with text
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,9 @@ def _in_memory(job: Job, scores: dict[str, Tensor], kept: widths.Kept, informati
     candidates = Candidates(model, job.graph, job.plan(kept, 16), adapter_dtype=job.stored_dtype)
     decided = choose_bits(job, scores, kept, information, (model, candidates))
     candidates.put_(decided.plan.specs)
+    job, rows = rounded(job, decided.plan)
+    if codes := job.codes():
+        candidates.put_stored_(decided.plan.specs, codes)
     errors, before = candidates.errors(), search_loss(job, model)
     candidates.forget()
     curve = _recover(job, model, decided.plan)
@@ -86,22 +91,23 @@ def _in_memory(job: Job, scores: dict[str, Tensor], kept: widths.Kept, informati
     if decided.plan.adapters == "merged" and decided.plan.adapter_ranks:
         adapters.merge_adapters_(model)
     save.save_artifact(_cleared(job), model, job.graph, decided.plan, **_saved_as(job, decided.plan))
-    return decided, Done(curve, {"before": before, "after": after}, errors)
+    return decided, Done(curve, {"before": before, "after": after}, errors, rows)
 
 
 def _layer_by_layer(
     job: Job, scores: dict[str, Tensor], kept: widths.Kept, information: list[dict]
 ) -> tuple[Decided, Done]:
     decided = choose_bits(job, scores, kept, information, None)
+    job, rows = rounded(job, decided.plan)
     pruned, plan = job.pruned(kept), decided.plan
     with job.scratch("writing", job.inputs(plan=plan.model_dump(mode="json"))) as scratch:
-        doing = LayerByLayer(pruned, job.graph, plan, job.shape.stored(plan), scratch)
+        doing = LayerByLayer(pruned, job.graph, plan, job.shape.stored(plan), scratch, job.codes())
         tensors = doing.tensors(job.stored_dtype, job.progress("writing"))
         save.write_artifact(
             _cleared(job), tensors, lambda: doing.adapter_state, job.graph, plan,
             architecture=type(pruned.model).__name__, **_saved_as(job, plan),
         )  # fmt: skip
-    return decided, Done([], {}, doing.errors)
+    return decided, Done([], {}, doing.errors, rows)
 
 
 def _recover(job: Job, model: nn.Module, plan: Plan) -> list[tuple[int, float]]:

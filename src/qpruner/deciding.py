@@ -176,7 +176,8 @@ def search_loss(job: Job, model: nn.Module) -> float:
 def _quantized_inputs(job: Job, kept: dict, **facts) -> dict:
     plan = job.plan(kept, 16)
     return job.inputs(
-        kept=kept, layers=job.shape.layers, bits=job.recipe.bits, unit=job.recipe.bit_unit,
+        kept=kept, layers=job.shape.layers, unit=job.recipe.bit_unit,
+        specs=[job.recipe.spec(bits).model_dump() for bits in job.recipe.bits], ranges=plan.rounding.ranges,
         ranks=plan.adapter_ranks, loftq=[plan.recovery.loftq_iterations, plan.recovery.adapter_alpha],
         windows=digest_of(job.prepared.search.ids.tolist()), **facts,
     )  # fmt: skip

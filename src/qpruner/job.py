@@ -36,6 +36,8 @@ class Job:
     measure_kl: bool = True
     refitted: Path | None = None  # a folder of tensors that stand in for those that the pruned model was cut to
     refitted_from: str | None = None  # digest of all that they depend on
+    rounded: Path | None = None  # a folder of what the quantized linears store, where that was found with text
+    rounded_from: str | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -83,6 +85,10 @@ class Job:
         tensors = Replaced(tensors, refitted, refitted.places)
         return opened(model, tensors, self.graph, dtype=dtype, **self.where())
 
+    def codes(self) -> Stored | None:
+        """What the quantized linears store, if that was found with text."""
+        return None if self.rounded is None else Stored(sorted(self.rounded.glob("*.safetensors")))
+
     def where(self) -> dict:
         device = "cuda" if torch.cuda.is_available() and not self.prepared.in_memory else "cpu"
         return {"resident": self.prepared.forecast.resident, "device": device}
@@ -113,9 +119,9 @@ class Job:
 
     def inputs(self, **facts) -> dict:
         """What a stage depends on: the version, the model, the precision and the seed, which all do, and `facts`."""
-        refitted = {} if self.refitted_from is None else {"refitted": self.refitted_from}
+        made = {"refitted": self.refitted_from, "rounded": self.rounded_from}
         return {
-            **refitted,
+            **{name: digest for name, digest in made.items() if digest is not None},
             "qpruner": __version__,
             "model": self.prepared.weights_digest,
             "architecture": self.shape.source.digest,

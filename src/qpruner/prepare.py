@@ -67,6 +67,23 @@ def check_reconstruction(shape: Shape, recipe: Recipe, counts: widths.Counts) ->
     add_biases_(build_skeleton(config, trust_remote_code=shape.source.trust_remote_code), added)
 
 
+def check_rounding(shape: Shape, recipe: Recipe) -> None:
+    """Refuse rounding with text where layers cannot run one at a time, and where merged adapters would undo it."""
+    if not recipe.rounds().needs_text or recipe.bits[0] == 16:
+        return
+    if shape.graph.exchanges:
+        raise RecipeError(
+            f"recipe {recipe.name!r} rounds linears layer by layer, and the layers of {shape.source.name!r} cannot run "
+            f"one at a time: {shape.graph.exchanges[0]}. Set rounding to nearest, and layer_steps and network_steps "
+            "to 0."
+        )
+    if recipe.adapters == "merged" and recipe.adapter_rank and recipe.steps:
+        raise RecipeError(
+            f"recipe {recipe.name!r} merges trained adapters into weights of {recipe.bits[0]} bits, which are then "
+            f"rounded to nearest again: that undoes what its rounding gains. Set adapters to beside, or steps to 0."
+        )
+
+
 def limit_of(budget: Budget, source: load.Source) -> int:
     """The budget in bytes; refused above the model's own size at 16 bits."""
     limit = budget.to_bytes(parameters=source.parameters)
@@ -159,6 +176,7 @@ def prepare(
     check_residual(fewer, recipe)
     counts = widths_for(fewer, recipe, limit)
     check_reconstruction(fewer, recipe, counts)
+    check_rounding(fewer, recipe)
     tokenizer = load.load_tokenizer(source)
     texts = choose_texts(source.name, calibration, search_text, evaluation)
     length = min(recipe.window, source.context_length or recipe.window)

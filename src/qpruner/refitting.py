@@ -6,7 +6,8 @@ from pathlib import Path
 from torch import Tensor
 
 from qpruner.decide import widths
-from qpruner.do.reconstruct import read_facts, reconstruct, write_refitted
+from qpruner.do.reconstruct import facts_of, reconstruct
+from qpruner.do.walk import read_facts, write_results
 from qpruner.job import Job
 from qpruner.model.scratch import Scratch
 from qpruner.model.stream import OnLayer
@@ -67,4 +68,4 @@ def _refit(
         job.original(), job.pruned(kept, job.precision), job.graph, job.plan(kept, 16), windows,
         dtype=job.stored_dtype, scratches=scratches, on_layer=on_layer,
     )  # fmt: skip
-    write_refitted(results, folder)
+    write_results(results, folder, facts_of)

@@ -225,6 +225,13 @@ def work_for(shape: Shape, recipe: Recipe, counts: widths.Counts, window: int) -
         for name, site in (bereft(shape.graph, kept) | bereft_stacks(shape.graph, kept)).items():
             n_experts = site.n_experts if name in shape.graph.stacks else 0
             refits.append(memory.Refit(*dims.get(name, (site.d_out, site.d_in)), n_experts))
+    rounds = []
+    if recipe.rounds().needs_text and recipe.bits[0] < 16:
+        for fused in shape.graph.projections:
+            sites = [shape.graph.linears[name] for name in fused.linears]
+            settings = recipe.rounds()
+            d_out, k, candidates = sum(site.d_out for site in sites), sites[0].d_in, 1 + len(settings.dampings)
+            rounds.append(memory.Rounds(d_out, k, settings.propagation, candidates))
     return memory.Work(
         score=recipe.score,
         calibration=(recipe.calibration_windows, window),
@@ -238,6 +245,7 @@ def work_for(shape: Shape, recipe: Recipe, counts: widths.Counts, window: int) -
         measures_influence=measures_influence(recipe),
         whole_bytes=whole,
         refits=max(refits, key=lambda refit: refit.size_bytes, default=None),
+        rounds=max(rounds, key=lambda each: each.size_bytes, default=None),
         training_tokens=recipe.batch_size * window if recipe.steps and recipe.adapter_rank else 0,
     )
 

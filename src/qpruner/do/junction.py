@@ -89,6 +89,45 @@ class Junction:
         return Seen(X, Y, torch.zeros_like(Y) if self.place is None else total[0] - sum(outputs.values()))
 
 
+def inputs_of(step: Step, b: int, inner: str) -> Tensor | None:
+    """What a linear is given in batch number b, flat over tokens, going no further; None if it is not called."""
+    found: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple) -> None:
+        found.append(_flat(args[0]))
+        raise _Enough
+
+    with step.layer.get_submodule(inner).register_forward_pre_hook(hook):
+        _run(step, b)
+    return found[0] if found else None
+
+
+def outputs_of(step: Step, b: int, inners: Sequence[str]) -> Tensor | None:
+    """What linears of one input give, side by side, likewise; None if one of them is not called."""
+    found: dict[str, Tensor] = {}
+
+    def hook_of(inner: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            found[inner] = _flat(output)
+            if len(found) == len(inners):
+                raise _Enough
+
+        return hook
+
+    with ExitStack() as stack:
+        for inner in inners:
+            stack.callback(step.layer.get_submodule(inner).register_forward_hook(hook_of(inner)).remove)
+        _run(step, b)
+    return torch.cat([found[inner] for inner in inners], dim=1) if len(found) == len(inners) else None
+
+
+def _run(step: Step, b: int) -> None:
+    try:
+        step.run(b)
+    except _Enough:
+        pass
+
+
 class _Enough(Exception):
     """The layer got as far as it was wanted."""
 

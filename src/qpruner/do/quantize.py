@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from qpruner.math import loftq
 from qpruner.model import adapters
 from qpruner.model.graph import Graph, LinearSite
-from qpruner.model.quantized import Quantized, packed
+from qpruner.model.quantized import Quantized, packed, stored
+from qpruner.model.tensors import Stored
 from qpruner.plan import Plan, QuantSpec
 
 
@@ -66,6 +67,15 @@ class Candidates:
         if factors:
             adapters.set_adapter_weights_(self._model, factors)
 
+    def put_stored_(self, specs: Mapping[str, QuantSpec], codes: Stored) -> None:
+        """Have the quantized linears that stand there store other codes; adapters start anew."""
+        for name, spec in specs.items():
+            if spec.bits < 16:
+                dense, site = self._dense[name], self._graph.linears[name]
+                self._made[name, spec] = made(dense, site, spec, self._plan, self._dtype, codes=codes)
+                self._placed.pop(name, None)
+        self.put_(specs)
+
     def _place_(self, name: str, layer: nn.Module) -> None:
         """Under the adapter where there is one."""
         standing = self._model.get_submodule(name)
@@ -87,8 +97,19 @@ class Candidates:
         return made(self._dense[name], self._graph.linears[name], spec, self._plan, self._dtype)
 
 
-def made(dense: nn.Module, site: LinearSite, spec: QuantSpec, plan: Plan, adapter_dtype: torch.dtype) -> Candidate:
-    """One linear stored as `spec` says, with the start of the adapter that the plan gives it."""
+def made(
+    dense: nn.Module,
+    site: LinearSite,
+    spec: QuantSpec,
+    plan: Plan,
+    adapter_dtype: torch.dtype,
+    *,
+    codes: Stored | None = None,
+) -> Candidate:
+    """One linear stored as `spec` says, with the start of the adapter that the plan gives it.
+
+    codes: what quantized linears store, by name; without them the weight is rounded to nearest.
+    """
     rank = plan.adapter_ranks.get(site.name, 0)
     W = (dense.weight.T if site.transposed else dense.weight).detach().float()
     # From the name and the seed alone, so that the order in which candidates are asked for does not matter.
@@ -99,14 +120,26 @@ def made(dense: nn.Module, site: LinearSite, spec: QuantSpec, plan: Plan, adapte
         return Candidate(dense, factors, 0.0, 0.0)
 
     def rounding(weight: Tensor) -> tuple[Quantized, Tensor]:
-        layer = packed(weight, dense.bias, spec)
+        layer = packed(weight, dense.bias, spec, ranges=plan.rounding.ranges)
+        return layer, layer.dequantize()
+
+    def known(_: Tensor) -> tuple[Quantized, Tensor]:
+        layer = stored_in(codes, site.name, spec, dense, W.shape[1])
         return layer, layer.dequantize()
 
     recovery = plan.recovery
     found = loftq.split(
-        W, rounding, rank=rank, scaling=recovery.adapter_alpha / max(rank, 1),
+        W, rounding if codes is None else known, rank=rank, scaling=recovery.adapter_alpha / max(rank, 1),
         iterations=recovery.loftq_iterations, dtype=adapter_dtype, generator=generator,
     )  # fmt: skip
     norm = max(loftq.norm(W), 1e-30)
     factors = (found.A, found.B) if rank else None
     return Candidate(found.stored, factors, found.error / norm, found.plain_error / norm)
+
+
+def stored_in(codes: Stored, name: str, spec: QuantSpec, dense: nn.Module, d_in: int) -> Quantized:
+    """A linear from what it stores; its bias in the dtype of that of the dense one."""
+    tensors = {n.removeprefix(f"{name}."): codes.read(n) for n in codes.places if n.startswith(f"{name}.")}
+    tensors = {n: tensor.to(dense.weight.device) for n, tensor in tensors.items()}
+    bias = tensors.pop("bias", None)
+    return stored(tensors, None if bias is None else bias.to(dense.bias.dtype), spec, d_in)

@@ -11,21 +11,18 @@ Of stacked experts each is fitted by itself to what the original makes of the to
 before other linears of its MLP. One that sees no token in either part of the windows stays as the cut left it.
 """
 
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median_low
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qpruner.do.experts import Reader, called, moments_of, one_by_one, readers_of
 from qpruner.do.junction import Junction
+from qpruner.do.walk import FACTS, in_order, n_fitted, side_by_side
 from qpruner.math.least_squares import Moments, Repair, repair, repairs, squared_error
 from qpruner.model.graph import Graph, LinearSite
 from qpruner.model.memory import REFIT_TOKENS, Refit
@@ -34,8 +31,6 @@ from qpruner.model.stream import OnLayer, Results, Step, Stream
 from qpruner.model.surgery import bereft, refill_, remaining
 from qpruner.plan import Plan, Reconstruction
 
-ROWS = "linears.json"  # beside the files of a finished reconstruction
-FACTS = "facts:"  # before the name of a linear, in a layer's result
 UNSEEN = [math.nan, 1.0, 1.0, 1.0, 0]  # facts of a linear that does not see every token, or of experts never seen
 
 
@@ -81,30 +76,17 @@ def reconstruct(
         dtype: in which weights and biases will be stored.
         scratches: of the original and of the pruned model; an interrupted walk goes on after its last finished layer.
     """
-    size = max(1, REFIT_TOKENS // windows.shape[1])
-    n_held_out = max(1, round(plan.reconstruction.held_out * len(windows)))
-    n_fitted = max(1, len(windows) - n_held_out)
-    settings = _Settings(plan.reconstruction, n_fitted, dtype, pruned.tensors.read)
-    number = dict(zip(plan.layers or range(original.n_layers), range(pruned.n_layers), strict=True))
+    border = n_fitted(len(windows), plan.reconstruction.held_out)
+    settings = _Settings(plan.reconstruction, border, dtype, pruned.tensors.read)
     rows, sites = remaining(graph, plan.kept), bereft(graph, plan.kept)
-    walk = dict(batch_size=size, border=n_fitted)
+    how = dict(border=border, tokens=REFIT_TOKENS, on_layer=on_layer)
     with one_by_one(original, pruned):
-        ours = pruned.steps(windows, scratches[1], on_layer=on_layer, **walk)
-        step = next(ours, None)
-        for theirs in original.steps(windows, scratches[0], **walk):
-            if step is None:
-                break  # of the original only layers are left that do not stay
-            if number.get(theirs.index) != step.index:
-                theirs.pass_all_on()
-                theirs.finish({})
-                continue
+        for theirs, step in side_by_side(original, pruned, plan.layers, windows, scratches, **how):
             path = graph.layers[step.index] + "."
             inside = {n.removeprefix(path): s for n, s in sites.items() if s.layer == step.index}
             kept_rows = {inner: rows[site.name][0] for inner, site in inside.items()}
             readers = readers_of(graph, plan.kept, step.index)
             step.finish(_Layer(theirs, step, inside, kept_rows, readers, settings).refitted())
-            theirs.finish({})
-            step = next(ours, None)
     return pruned.results(scratches[1])
 
 
@@ -123,20 +105,6 @@ def facts_of(layer: int, result: Mapping[str, Tensor]) -> list[dict]:
             )  # fmt: skip
             found.append(asdict(of))
     return found
-
-
-def write_refitted(results: Iterable[Mapping[str, Tensor]], folder: Path) -> None:
-    """One file of tensors for each layer that has some, and the facts of all linears."""
-    rows = []
-    for layer, result in enumerate(results):
-        rows += facts_of(layer, result)
-        if tensors := {name: tensor for name, tensor in result.items() if not name.startswith(FACTS)}:
-            save_file(tensors, folder / f"{layer}.safetensors")
-    (folder / ROWS).write_text(json.dumps(rows, indent=1) + "\n")
-
-
-def read_facts(folder: Path) -> list[dict]:
-    return json.loads((folder / ROWS).read_text())
 
 
 @dataclass(frozen=True)
@@ -185,16 +153,9 @@ class _Layer:
 
     def _in_order(self) -> list[str]:
         """Linears as the layer calls them, stacks before those of the same MLP; then what the layer does not call."""
-        order: dict[str, None] = {}
         places = {inner: inner for inner in self._sites}
         places |= {inner: inner.partition(".")[0] for inner, reader in self._readers.items() if reader.path}
-        with ExitStack() as stack:
-            for inner, place in places.items():
-                note = lambda module, args, inner=inner: order.setdefault(inner)
-                stack.callback(self._ours.layer.get_submodule(place).register_forward_pre_hook(note).remove)
-            if places:
-                self._ours.run(0)
-        return list(order | dict.fromkeys((*self._sites, *self._readers)))
+        return list(dict.fromkeys((*in_order(self._ours, places), *self._readers)))
 
     def _refit(self, inner: str, junction: Junction, later: list[str]) -> dict[str, Tensor]:
         """later: linears that join the same sum and are not refitted yet: their errors are theirs to make up for."""

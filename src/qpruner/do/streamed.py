@@ -11,6 +11,7 @@ from qpruner.model.checkpoint import TORCH_DTYPES
 from qpruner.model.cost import TensorSpec
 from qpruner.model.graph import Graph
 from qpruner.model.scratch import Scratch
+from qpruner.model.tensors import Stored
 from qpruner.model.whole import Streamable
 from qpruner.plan import Plan
 
@@ -19,14 +20,21 @@ class LayerByLayer:
     """For plans whose adapters, if there are any, stay as LoftQ starts them. Final.
 
     stream: the pruned model. expected: the tensors of the weights file. scratch: keeps the layers that were quantized.
+    codes: what the quantized linears store, where that is known; otherwise weights are rounded to nearest.
     adapter_state, errors: what was found on the way, once `tensors` is through.
     """
 
     def __init__(
-        self, stream: Streamable, graph: Graph, plan: Plan, expected: Mapping[str, TensorSpec], scratch: Scratch
+        self,
+        stream: Streamable,
+        graph: Graph,
+        plan: Plan,
+        expected: Mapping[str, TensorSpec],
+        scratch: Scratch,
+        codes: Stored | None = None,
     ) -> None:
         self._stream, self._graph, self._plan, self._expected = stream, graph, plan, expected
-        self._scratch = scratch
+        self._scratch, self._codes = scratch, codes
         self.adapter_state: dict[str, Tensor] = {}
         self.errors: dict[str, tuple[float, float]] = {}
 
@@ -79,7 +87,7 @@ class LayerByLayer:
             if site.layer != i:
                 continue
             dense, spec = layer.get_submodule(name.removeprefix(f"{path}.")), self._plan.specs[name]
-            candidate = made(dense, site, spec, self._plan, adapter_dtype)
+            candidate = made(dense, site, spec, self._plan, adapter_dtype, codes=self._codes)
             stands = candidate.layer
             if candidate.factors is not None:
                 A, B = candidate.factors

@@ -13,7 +13,7 @@ are stored. Scales that must not clip are rounded up to what can be stored.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Float16, Shaped, UInt8
@@ -39,6 +39,16 @@ class Rounded:
     scales: Float16[Tensor, "out n"] | UInt8[Tensor, "out n"]
     steps: Float16[Tensor, "out 1"] | None = None
     zeros: UInt8[Tensor, "out n"] | None = None
+
+    def rows(self, some: slice) -> "Rounded":
+        """Of a few outputs, in memory of their own."""
+        parts = (self.codes, self.scales, self.steps, self.zeros)
+        return Rounded(*(None if part is None else part[some].clone() for part in parts))
+
+    def nearest(self, W: Float[Tensor, "out d"], spec: QuantSpec) -> "Rounded":
+        """Another weight on the same grid points."""
+        wide = W if W.dtype == torch.float64 else W.float()
+        return replace(self, codes=nearest(wide, decoded_scales(self, spec), self.zeros, spec))
 
 
 def tiles(d_out: int, d_in: int) -> list[slice]:

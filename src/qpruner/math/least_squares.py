@@ -53,6 +53,12 @@ class Moments:
             own += more
         self.n += other.n
 
+    def products(self, *, centred: bool) -> tuple[Float[Tensor, "k k"], Float[Tensor, "k d_out"]]:
+        """A and P."""
+        if not centred:
+            return self.XX, self.XY
+        return self.XX - torch.outer(self.x, self.x) / self.n, self.XY - torch.outer(self.x, self.y) / self.n
+
     @property
     def _sums(self) -> tuple[Tensor, ...]:
         return self.XX, self.XY, self.x, self.y, self.yy
@@ -89,13 +95,11 @@ def repairs(
     conditions: bool = False,
 ) -> Iterator[Repair]:
     """`repair` for one damping after the other. conditions: whether to find condition numbers, which takes a while."""
-    W, n = W.double(), moments.n
-    if not n:
+    W = W.double()
+    if not moments.n:
         yield from (sliced(W, moments, bias=bias) for _ in dampings)
         return
-    A, P = moments.XX, moments.XY
-    if bias:
-        A, P = A - torch.outer(moments.x, moments.x) / n, P - torch.outer(moments.x, moments.y) / n
+    A, P = moments.products(centred=bias)
     missing = P - A @ W.T  # X^T of what slicing leaves undone
     m = A.diagonal().mean()
     for damping in dampings:

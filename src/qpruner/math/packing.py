@@ -4,8 +4,7 @@ Notation
     codes   values 0..2^b-1                                                (d_out, d_in)
     packed  code j of a row is bits [j b, (j + 1) b) of its bytes, counted from the lowest bit of the first byte
                                                                            (d_out, ceil(d_in b / 8))
-    words   k codes read as one number, the first the least significant: of 8 bits for b of 1, 2, 4 or 8, of 12 for 3
-            and 6, of 10 for 5
+    words   k codes read as one number, the first the least significant: of 8 bits for b of 1, 2 or 4, of 12 for 3
     table   the k values that each word stands for                         (words, k)
 
 Ternary codes 0..2 lie five to a byte: code j is digit j mod 5, base 3, of byte j // 5; the words are the bytes.
@@ -21,7 +20,8 @@ from torch.nn.functional import pad
 
 Width = int | float  # bits of a code
 TERNARY = 1.6  # the width of ternary codes, as they lie in bytes
-WORD_BITS = {1: 8, 2: 8, 4: 8, 8: 8, 3: 12, 6: 12, 5: 10}
+# Codes of more bits are turned into numbers faster than they are looked up.
+WORD_BITS = {1: 8, 2: 8, 4: 8, 3: 12, TERNARY: 8}
 LONGER = {  # a few elements of a dtype as one of another: looking up whole rows takes several times as long
     (torch.float16, 2): torch.int32, (torch.bfloat16, 2): torch.int32, (torch.float32, 2): torch.int64,
     (torch.float64, 2): torch.complex128, (torch.float16, 4): torch.int64, (torch.bfloat16, 4): torch.int64,
@@ -102,7 +102,7 @@ def unpack_values(
     packed: UInt8[Tensor, "out bytes"], table: Float[Tensor, "words k"], width: Width, d_in: int
 ) -> Float[Tensor, "out d"]:
     """book[unpack(packed)] by one look-up per word."""
-    words = packed.int() if width == TERNARY else read(packed, WORD_BITS[width], torch.int32)
+    words = read(packed, WORD_BITS[width], torch.int32)
     k = table.shape[1]
     if longer := LONGER.get((table.dtype, k)):
         found = table.view(longer).flatten().index_select(0, words.flatten()).view(table.dtype)

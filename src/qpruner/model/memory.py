@@ -35,6 +35,8 @@ FORWARD_COPIES, BACKWARD_COPIES = 1.5, 3.0  # of what goes in and out of a layer
 TRAINING_COPIES = 2  # the same in every layer, with what dropout and adapters keep
 REFIT_TOKENS = 2048  # that go through a layer at once while linears are refitted
 REFIT_SQUARES, REFIT_PRODUCTS = 5, 7  # moments of two parts, what is solved and its factor; what is solved for
+ROUNDED_TOGETHER = 2**22  # weights of several candidates that are rounded together
+ROUND_COPIES = 6  # of them in float32: stacked, in tiles, values, and dequantized in float64
 EXPERT_MOMENTS = 2**30  # bytes of the moments of experts that are summed up at the same time
 ARENA, LIBRARIES = 96 * 2**20, 256 * 2**20  # what the allocator keeps besides; peft, the trainer and botorch
 
@@ -64,6 +66,26 @@ class Refit:
 
 
 @dataclass(frozen=True)
+class Rounds:
+    """What rounding with text is asked for at once: linears that share k inputs, d_out outputs in all.
+
+    beside: the original walks along. candidates: weights that are rounded to find the best.
+    """
+
+    d_out: int
+    k: int
+    beside: bool
+    candidates: int
+
+    @property
+    def size_bytes(self) -> int:
+        elements = self.k * self.d_out
+        together = max(elements, min(ROUNDED_TOGETHER, self.candidates * elements))
+        moments = 8 * (REFIT_SQUARES * self.k**2 + (REFIT_PRODUCTS * elements if self.beside else 0))
+        return moments + 4 * (self.candidates * elements + ROUND_COPIES * together)
+
+
+@dataclass(frozen=True)
 class Work:
     """What a run will do, in the numbers that memory depends on."""
 
@@ -80,6 +102,7 @@ class Work:
     whole_bytes: int | None  # of the pruned model in memory with its candidates and adapters, where a stage needs that
     training_tokens: int  # in one batch
     refits: Refit | None = None  # the largest
+    rounds: Rounds | None = None  # the largest
 
 
 @dataclass(frozen=True)
@@ -153,13 +176,18 @@ def forecast(
     arrays = 2 if work.score in FORWARD_SCORES + WEIGHT_SCORES else sizes.n_layers + 3
     back = math.prod(work.calibration) * hidden_size * item * arrays
     there = work.judged_windows * work.judged[1] * hidden_size * item * 4  # two of either model, for the divergence
-    side_by_side = math.prod(work.calibration) * hidden_size * item * 4 + 2 * 2 * sizes.all if work.refits else 0
+    side_by_side = math.prod(work.calibration) * hidden_size * item * 4 + 2 * 2 * sizes.all if walks_beside(work) else 0
     return Forecast(streamed, False, limit, disk=max(back, there, side_by_side))
+
+
+def walks_beside(work: Work) -> bool:
+    return work.refits is not None or (work.rounds is not None and work.rounds.beside)
 
 
 WHOLE = "search and recovery"
 LESS = {  # what takes less memory, by stage
     "reconstruction": "set reconstruction to none: two layers and the moments of their widest linear are in memory",
+    "rounding": "set rounding to nearest: layers and the moments of their widest linears are in memory",
     "importance": "use shorter windows, or the score `vector`, which keeps no gradient of a weight",
     WHOLE: "use a recipe that never needs the whole pruned model at once: [allocation=mutual-information,steps=0]",
 }
@@ -200,6 +228,11 @@ def stages_of(sizes: Sizes, work: Work, hidden_size: int, *, resident: bool) -> 
         ends = (sizes.widths + sizes.expert_widths) * item + 4 * (work.refits.d_out + work.refits.k)
         through = FORWARD_COPIES * max(window, REFIT_TOKENS) * ends
         stages["reconstruction"] = both + through + work.refits.size_bytes + states(4)
+    if work.rounds is not None:
+        models = (2 if work.rounds.beside else 1) * weights + (sizes.all if resident else 0)
+        ends = sizes.widths * item + 4 * (work.rounds.d_out + work.rounds.k)
+        through = FORWARD_COPIES * max(window, REFIT_TOKENS) * ends
+        stages["rounding"] = models + through + work.rounds.size_bytes + states(4) + (work.whole_bytes or 0)
     if work.whole_bytes is not None:
         training = work.training_tokens * 4 * (TRAINING_COPIES * sizes.all_widths + LOGIT_COPIES * work.vocabulary)
         stages[WHOLE] = work.whole_bytes + LIBRARIES + max(training, LOFTQ_COPIES * sizes.matrix * 4)

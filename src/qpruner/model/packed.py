@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qpruner.math import grids, packing
-from qpruner.math.books import book
+from qpruner.math.books import book, lowest
 from qpruner.model.checkpoint import TORCH_DTYPES
 from qpruner.model.packed_products import product
 from qpruner.model.storage import code_width, signed_bytes, stored_parts
@@ -107,10 +107,12 @@ class PackedLinear(nn.Linear):
 
     def dequantize_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
         spec, wide = self.spec, torch.float64 if dtype == torch.float64 else torch.float32
+        width = code_width(spec)
         if signed_bytes(spec):
             values = self.codes[rows].to(wide)
+        elif width not in packing.WORD_BITS:  # integers all
+            values = packing.unpack(self.codes[rows], width, self.in_features).to(wide).add_(lowest(spec))
         else:
-            width = code_width(spec)
             table = values_of_words(spec, wide, self.codes.device)
             values = packing.unpack_values(self.codes[rows], table, width, self.in_features)
         grids.scale_(values, self.scales_of(rows), self.zeros_of(rows), group_size=spec.group_size)

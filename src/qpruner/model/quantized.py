@@ -1,5 +1,7 @@
 """A quantized linear of any spec: packed as a whole, or with a few input channels packed apart at more bits."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -94,6 +96,26 @@ def packed(
         None if bias is None else bias.detach().clone(),
         spec,
     )
+
+
+def stored(tensors: Mapping[str, Tensor], bias: Tensor | None, spec: QuantSpec, d_in: int) -> Quantized:
+    """From what it stores: the tensors that `stored_parts` names, the bias apart."""
+    if not spec.salient:
+        return PackedLinear(dict(tensors), bias, spec, d_in)
+    of = lambda part: {n.removeprefix(f"{part}."): t for n, t in tensors.items() if n.startswith(f"{part}.")}
+    rest = PackedLinear(of("rest"), None, spec.rest, d_in - spec.salient)
+    high = PackedLinear(of("high"), None, spec.high, spec.salient)
+    return SplitLinear(rest, high, tensors["salient"], bias, spec)
+
+
+def assembled(
+    rest: grids.Rounded, high: grids.Rounded | None, salient: Tensor | None, bias: Tensor | None, spec: QuantSpec
+) -> Quantized:
+    """From codes and scales; without salient channels `rest` is all."""
+    if high is None:
+        return PackedLinear.from_rounded(rest, bias, spec)
+    whole = PackedLinear.from_rounded(rest, None, spec.rest), PackedLinear.from_rounded(high, None, spec.high)
+    return SplitLinear(*whole, salient.int(), None if bias is None else bias.detach().clone(), spec)
 
 
 def empty(

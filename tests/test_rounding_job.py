@@ -1,0 +1,128 @@
+"""Rounding with text as a stage of the main job: what ships are its codes, in the predicted bytes."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_folder import save, tiny_model
+
+from qpruner import api, prepare
+from qpruner.errors import RecipeError
+from qpruner.model.graph import Graph
+
+QUICK = "window=64,calibration_windows=8,search_windows=4,evaluation_windows=4,width_grid=16"
+GPTAQ = f"gptaq[{QUICK},bits=[3],group_size=16]"
+PRUNED = f"gptaq[{QUICK},bits=[3],group_size=16,kept=0.5,reconstruction=least-squares,added_biases=true]"
+TRAINED = f"gptq[{QUICK},steps=2,batch_size=2,adapter_rank=4,loftq_iterations=0]"
+MIXED = f"gptq[{QUICK},bits=[2,4],group_size=16,symmetric=true,salient=2,allocation=mutual-information]"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    sizes = dict(hidden_size=64, intermediate_size=128, num_attention_heads=8, num_key_value_heads=4)
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    return save(tiny_model("llama", **sizes, num_hidden_layers=3).to(torch.bfloat16), folder, tokenizer=True)
+
+
+@pytest.fixture
+def one_layer_at_a_time(monkeypatch):
+    fitting = prepare.forecast_for
+    monkeypatch.setattr(prepare, "forecast_for", lambda *args: dataclasses.replace(fitting(*args), resident=False))
+
+
+def compress(model, out, recipe, short_text, **options) -> api.Result:
+    options = dict(measure_speed=False, calibration=short_text) | options
+    return api.compress(str(model), "90%", out, recipe=recipe, **options)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def found_in(run: Path) -> dict[str, torch.Tensor]:
+    return {n: t for path in (run / "measurements/rounding").glob("*.safetensors") for n, t in load_file(path).items()}
+
+
+FRESH = """
+import sys, json, torch, qpruner
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+ids = torch.arange(3, 40)[None]
+print(json.dumps([type(model).__name__, model(input_ids=ids).logits.tolist()]))
+"""
+
+
+@pytest.mark.parametrize("recipe", [GPTAQ, PRUNED, MIXED], ids=["gptaq", "pruned", "mixed"])
+def test_the_codes_ship_in_the_predicted_bytes(model, tmp_path, short_text, recipe):
+    made = compress(model, tmp_path / "out", recipe, short_text)
+    stored, found = load_file(made.artifact / "model.safetensors"), found_in(tmp_path / "out.run")
+    assert sum(name.endswith(".codes") for name in found) >= 21
+    assert all(torch.equal(stored[name], tensor) for name, tensor in found.items())
+    assert made.facts.sizes.predicted == made.facts.sizes.on_disk <= made.facts.sizes.asked
+    rows = json.loads((tmp_path / "out.run/measurements/rounding/linears.json").read_text())
+    assert len(rows) == 21 and all(row["tokens"] == 8 * 64 for row in rows)
+    assert "rounding" in made.facts.memory.predicted
+
+
+def test_it_loads_in_a_fresh_process(model, tmp_path, short_text):
+    from transformers import AutoModelForCausalLM
+
+    made = compress(model, tmp_path / "out", GPTAQ, short_text)
+    run = subprocess.run([sys.executable, "-c", FRESH, str(made.artifact)], capture_output=True, text=True, check=True)
+    name, logits = json.loads(run.stdout.splitlines()[-1])
+    here = AutoModelForCausalLM.from_pretrained(made.artifact, dtype=torch.float32)
+    assert name == "LlamaForCausalLM"
+    torch.testing.assert_close(torch.tensor(logits), here(input_ids=torch.arange(3, 40)[None]).logits)
+
+
+@pytest.mark.parametrize("recipe", [GPTAQ, PRUNED], ids=["gptaq", "pruned"])
+def test_layer_by_layer_ends_in_the_same_bytes(model, tmp_path, short_text, one_layer_at_a_time, monkeypatch, recipe):
+    made = compress(model, tmp_path / "streamed", recipe, short_text)
+    assert made.facts.memory.layer_by_layer
+    monkeypatch.undo()
+    whole = compress(model, tmp_path / "whole", recipe, short_text)
+    assert files(made.artifact) == files(whole.artifact)
+
+
+def test_adapters_are_trained_beside_the_codes(model, tmp_path, short_text):
+    made = compress(model, tmp_path / "out", TRAINED, short_text)
+    stored, found = load_file(made.artifact / "model.safetensors"), found_in(tmp_path / "out.run")
+    assert found and all(torch.equal(stored[name], tensor) for name, tensor in found.items())
+    trained = load_file(next(made.artifact.rglob("adapter_model.safetensors")))
+    assert any(tensor.any() for name, tensor in trained.items() if "lora_B" in name)
+
+
+def test_other_settings_in_the_same_run_folder_are_another_result(model, tmp_path, short_text):
+    first = compress(model, tmp_path / "out", GPTAQ, short_text)
+    before = files(first.artifact)
+    shutil.rmtree(first.artifact)
+    again = compress(model, tmp_path / "out", GPTAQ.replace("gptaq[", "gptaq[propagation=false,"), short_text)
+    assert before != files(again.artifact)
+    new = compress(model, tmp_path / "new", GPTAQ.replace("gptaq[", "gptaq[propagation=false,"), short_text)
+    assert files(again.artifact) == files(new.artifact)
+
+
+def test_ranges_alone_need_no_text(model, tmp_path, short_text):
+    recipe = GPTAQ.replace("gptaq[", "gptq[rounding=nearest,")
+    mse = compress(model, tmp_path / "mse", recipe, short_text)
+    absmax = compress(model, tmp_path / "absmax", recipe.replace("[", "[ranges=absmax,", 1), short_text)
+    assert not (tmp_path / "mse.run/measurements/rounding").exists()
+    assert (mse.artifact / "model.safetensors").read_bytes() != (absmax.artifact / "model.safetensors").read_bytes()
+
+
+def test_what_cannot_be_done_is_refused(model, tmp_path, short_text, monkeypatch):
+    with pytest.raises(RecipeError, match="merges trained adapters into weights of 4 bits.*Set adapters to beside"):
+        compress(model, tmp_path / "out", TRAINED.replace("[", "[adapters=merged,", 1), short_text)
+    found = prepare.shape_of
+    exchanging = lambda graph: Graph(**{**vars(graph), "exchanges": ("layer 1 reads keys of layer 0",)})
+    monkeypatch.setattr(
+        prepare, "shape_of", lambda source: (s := found(source)) and dataclasses.replace(s, graph=exchanging(s.graph))
+    )
+    with pytest.raises(RecipeError, match="rounds linears layer by layer.*keys of layer 0.*Set rounding to nearest"):
+        compress(model, tmp_path / "out", GPTAQ, short_text)
