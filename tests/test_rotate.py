@@ -11,10 +11,11 @@ from qpruner.errors import ModelError
 from qpruner.math import grids
 from qpruner.math.rotation import Rotation, along, hadamard
 from qpruner.model.discover import discover
-from qpruner.model.rotate import Rotated, turn_of
+from qpruner.model.rotate import Rotated
 from qpruner.model.skeleton import build_skeleton
 from qpruner.model.surgery import narrow_
 from qpruner.model.tensors import Cut
+from qpruner.model.turning import turn_of
 from qpruner.plan import QuantSpec
 from qpruner.testing import random_kept
 from qpruner.testing.tiny import Held
@@ -111,7 +112,7 @@ def test_cutting_comes_before_or_after(family, over, ids):
 @pytest.mark.parametrize("family, over, reason", REFUSED)
 def test_what_would_not_be_the_same_is_refused(family, over, reason):
     model = untied(family, over)
-    with pytest.raises(ModelError, match=f"cannot be rotated: .*{reason}.* Leave 'rotate' out of transforms"):
+    with pytest.raises(ModelError, match=f" cannot be rotated: .*{reason}.* Leave 'rotate' out of transforms"):
         turn_of(build_skeleton(model.config), discover(model))
 
 
