@@ -81,7 +81,7 @@ class Job:
     def pruned(self, kept: Mapping, dtype: torch.dtype = torch.float32) -> Streamable:
         """The model of the layers and units that stay, its weights cut from the original's as they are read.
 
-        Those that were refitted are read instead; until then added biases are zero.
+        Those that were refitted or rescaled are read instead; until then added biases are zero.
         """
         source, layers = self.shape.source, self.shape.layers
         trust = {"trust_remote_code": source.trust_remote_code}
@@ -97,6 +97,8 @@ class Job:
         refitted = Stored(sorted(self.refitted.glob("*.safetensors")) if self.refitted else [])
         tensors = Replaced(Cut(whole, self.graph, kept), Zeros(zeros), zeros)
         tensors = Replaced(self._turned(tensors, turn), refitted, refitted.places)
+        if codes := self.codes():
+            tensors = Replaced(tensors, codes, codes.places.keys() & model.state_dict().keys())
         return opened(model, tensors, self.graph, dtype=dtype, **self.where())
 
     def _turned(self, tensors: Tensors, turn: Turn | None) -> Tensors:

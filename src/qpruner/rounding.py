@@ -22,7 +22,8 @@ def rounded(job: Job, plan: Plan) -> tuple[Job, list[dict]]:
     with job.scratch("rounding", inputs) as ours, job.scratch("rounding-original", inputs) as theirs:
 
         def compute(folder: Path) -> None:
-            original = job.original_beside() if plan.rounding.propagation else None
+            beside = plan.rounding.propagation or plan.rounding.layer_steps
+            original = job.original_beside() if beside else None
             results = round_(
                 original, job.pruned(plan.kept, job.precision), job.graph, plan, windows, dtype=job.stored_dtype,
                 scratches=(theirs, ours), on_layer=job.progress("rounding"),

@@ -8,11 +8,19 @@ itself is all that can be aimed at.
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from qpruner.model.stream import Step
+
+class Runs(Protocol):
+    """A layer that batches can be sent through: a step of a walk, or one that remembers."""
+
+    layer: nn.Module
+
+    def run(self, b: int) -> Tensor: ...
+
 
 PLAIN = 0.02  # of the output: what the sum may change otherwise when the output is doubled; bfloat16 rounds so much
 
@@ -36,7 +44,7 @@ class Junction:
         self.inner, self.place = inner, place
 
     @classmethod
-    def find(cls, step: Step, inner: str) -> "Junction":
+    def find(cls, step: Runs, inner: str) -> "Junction":
         """The first input of a module behind the linear that is more than its output, and grows by that when doubled.
 
         Looked for on the first batch. Without one, the linear's output stands for the sum.
@@ -50,7 +58,7 @@ class Junction:
                     return cls(inner, place)
         return cls(inner, None)
 
-    def look(self, step: Step, b: int, without: Sequence[str] = ()) -> Seen | None:
+    def look(self, step: Runs, b: int, without: Sequence[str] = ()) -> Seen | None:
         """At batch number b, as far into the layer as that takes; None where the linear is not called.
 
         without: other linears that join the same sum, whose outputs are left out of it.
@@ -89,7 +97,7 @@ class Junction:
         return Seen(X, Y, torch.zeros_like(Y) if self.place is None else total[0] - sum(outputs.values()))
 
 
-def inputs_of(step: Step, b: int, inner: str) -> Tensor | None:
+def inputs_of(step: Runs, b: int, inner: str) -> Tensor | None:
     """What a linear is given in batch number b, flat over tokens, going no further; None if it is not called."""
     found: list[Tensor] = []
 
@@ -102,7 +110,7 @@ def inputs_of(step: Step, b: int, inner: str) -> Tensor | None:
     return found[0] if found else None
 
 
-def outputs_of(step: Step, b: int, inners: Sequence[str]) -> Tensor | None:
+def outputs_of(step: Runs, b: int, inners: Sequence[str]) -> Tensor | None:
     """What linears of one input give, side by side, likewise; None if one of them is not called."""
     found: dict[str, Tensor] = {}
 
@@ -121,7 +129,7 @@ def outputs_of(step: Step, b: int, inners: Sequence[str]) -> Tensor | None:
     return torch.cat([found[inner] for inner in inners], dim=1) if len(found) == len(inners) else None
 
 
-def _run(step: Step, b: int) -> None:
+def _run(step: Runs, b: int) -> None:
     try:
         step.run(b)
     except _Enough:
@@ -141,7 +149,7 @@ def _first(args: tuple, kwargs: dict) -> Tensor | None:
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 
-def _behind(step: Step, inner: str, times: int) -> dict[str | None, Tensor]:
+def _behind(step: Runs, inner: str, times: int) -> dict[str | None, Tensor]:
     """The first inputs of all modules that are called after the linear, whose output is so many times what it is.
 
     In the order of their calls, of as many numbers as the output has, flat over tokens; at "" what the layer returns,

@@ -8,22 +8,28 @@ Rounded weights are in the layer when it passes on. Stacked experts stay as they
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
+from qpruner.do.fused import Fused, by_name, fused_in
 from qpruner.do.junction import Junction, inputs_of, outputs_of
+from qpruner.do.replay import End, Replay, ends_of
+from qpruner.do.rescale import rescale_
 from qpruner.do.walk import FACTS, in_order, n_fitted, side_by_side
 from qpruner.math import propagation
 from qpruner.math.least_squares import Moments
-from qpruner.model.graph import Graph, LinearSite
+from qpruner.model.graph import Graph
 from qpruner.model.memory import REFIT_TOKENS
 from qpruner.model.quantized import Quantized, assembled, packed
 from qpruner.model.scratch import Scratch
 from qpruner.model.stream import OnLayer, Results, Step, Stream
-from qpruner.model.surgery import refill_, remaining
-from qpruner.plan import Plan, QuantSpec
+from qpruner.model.surgery import remaining
+from qpruner.plan import Plan
+
+UNSEEN = [math.inf, 1.0, 1.0, 1.0, 0]  # facts of linears that no input came to
 
 # May change the quantized linears of a layer, by inner name, once all of them are rounded and their weights are in the
 # layer. The first step is the original's, None where it does not walk along.
@@ -77,6 +83,7 @@ def round_(
     assert original is not None or not propagates
     border = n_fitted(len(windows), plan.rounding.held_out) if propagates else len(windows)
     rows = remaining(graph, plan.kept)
+    known: dict[str, _Structure] = {}
     if original is None:
         size = max(1, REFIT_TOKENS // windows.shape[1])
         steps: Iterator = ((None, s) for s in pruned.steps(windows, scratches[1], batch_size=size, on_layer=on_layer))
@@ -84,7 +91,11 @@ def round_(
         how = dict(border=border, on_layer=on_layer)
         steps = side_by_side(original, pruned, plan.layers, windows, scratches, **how)
     for theirs, ours in steps:
-        ours.finish(_Layer(theirs, ours, graph, plan, rows, border, dtype).rounded(tune))
+        structure = known.get(repr(ours.layer))
+        layer = _Layer(theirs, ours, graph, plan, rows, border, dtype)
+        if structure is None:  # layers that print alike are built alike
+            structure = known[repr(ours.layer)] = layer.structure()
+        ours.finish(layer.rounded(structure, tune))
     return pruned.results(scratches[1])
 
 
@@ -105,19 +116,19 @@ def facts_of(plan: Plan, layer: int, result: Mapping[str, Tensor]) -> list[dict]
 
 
 @dataclass(frozen=True)
-class _Set:
-    """Linears of one input and one spec, by inner name, their weights on top of each other."""
+class _Structure:
+    """How a layer calls its linears: their order, the modules that they end, and the sums that they join."""
 
-    sites: dict[str, LinearSite]
-    spec: QuantSpec
-
-    @property
-    def first(self) -> str:
-        return next(iter(self.sites))
+    order: list[str]
+    ends: dict[str, End]
+    places: dict[str, str | None]
 
 
 class _Layer:
-    """One layer of the model that is rounded, and that of the original where it walks along."""
+    """One layer of the model that is rounded, and that of the original where it walks along.
+
+    rows: of linears that lost some, as `remaining` has them. border: number of the first window that is held out.
+    """
 
     def __init__(
         self,
@@ -129,144 +140,133 @@ class _Layer:
         border: int,
         dtype: torch.dtype,
     ):
-        self._theirs, self._ours, self._rounding = theirs, ours, plan.rounding
+        self._theirs, self._ours, self._graph, self._plan = theirs, ours, graph, plan
+        self._rounding = plan.rounding
+        self._outputs: dict[str, Tensor] = {}  # of what linears give: so many times what it was before it was rescaled
         self._rows, self._border, self._dtype = rows, border, dtype
-        path = graph.layers[ours.index] + "."
-        self._sets = [
-            _Set({name.removeprefix(path): graph.linears[name] for name in fused.linears}, plan.specs[fused.linears[0]])
-            for fused in graph.projections
-            if fused.layer == ours.index and plan.specs[fused.linears[0]].bits < 16
-        ]
+        self._fused = {fused.first: fused for fused in fused_in(ours.layer, ours.index, graph, plan.specs)}
 
-    def rounded(self, tune: Tune | None) -> dict[str, Tensor]:
-        """The layer's result; both models have gone on to the next."""
-        layers: dict[str, Quantized] = {}
-        facts: dict[str, Tensor] = {}
-        sets = {of.first: of for of in self._sets}
+    def structure(self) -> _Structure:
         if self._rounding.method == "nearest":
-            for of in self._sets:
-                layers |= self._nearest(of)
-        else:
-            to_do = self._junctions([sets[inner] for inner in in_order(self._ours, {inner: inner for inner in sets})])
-            while to_do:
-                inner = next(iter(to_do))
-                junction = to_do.pop(inner)
-                later = [other.inner for other in to_do.values() if other.place == junction.place is not None]
-                made, found = self._round(sets[inner], junction, later)
-                layers |= made
-                facts |= {FACTS + site.name: found.clone() for site in sets[inner].sites.values()}
-        if tune is not None:
-            layers = dict(tune(self._theirs, self._ours, layers))
-            self._put(layers)
-        for step in (self._theirs, self._ours):
-            if step is not None:
-                step.pass_all_on()
-        names = {inner: site.name for of in self._sets for inner, site in of.sites.items()}
-        found = {f"{names[inner]}.{key}": t for inner, layer in layers.items() for key, t in layer.state_dict().items()}
-        return facts | {key: t.to(self._dtype) if key.endswith(".bias") else t for key, t in found.items()}
+            return _Structure(list(self._fused), {}, {})
+        order = in_order(self._ours, {first: first for first in self._fused})
+        alone = [first for first, fused in self._fused.items() if len(fused.sites) == 1]  # others join no sum
+        places = {inner: Junction.find(self._ours, inner).place for inner in alone if self._rounding.propagation}
+        return _Structure(order, ends_of(self._ours, alone), places)
 
-    def _junctions(self, sets: list[_Set]) -> dict[str, Junction]:
-        """Where the sum is that a set joins, in the order of the calls. Linears that share an input join none."""
-        finds = self._rounding.propagation
-        alone = lambda of: finds and len(of.sites) == 1
-        return {of.first: Junction.find(self._ours, of.first) if alone(of) else Junction(of.first, None) for of in sets}
+    def rounded(self, structure: _Structure, tune: Tune | None) -> dict[str, Tensor]:
+        """The layer's result; both models have gone on to the next."""
+        changed = self._rescaled()
+        with ExitStack() as stack:
+            ours = stack.enter_context(Replay(self._ours, structure.ends))
+            theirs = None if self._theirs is None else stack.enter_context(Replay(self._theirs, structure.ends))
+            made, facts = self._all_rounded(theirs, ours, structure)
+            if tune is not None:
+                for walk in filter(None, (theirs, ours)):
+                    walk.forget()
+                made = dict(tune(self._theirs, self._ours, made))
+                for fused in self._fused.values():
+                    fused.put_(made, self._dtype)
+            for walk in filter(None, (theirs, ours)):
+                walk.pass_all_on()
+        return facts | changed | by_name(list(self._fused.values()), made, self._dtype)
 
-    def _nearest(self, of: _Set) -> dict[str, Quantized]:
-        made = {}
-        for inner, site in of.sites.items():
-            linear = self._ours.layer.get_submodule(inner)
-            made[inner] = packed(_matrix(linear, site), linear.bias, of.spec, ranges=self._rounding.ranges)
-        self._put(made)
-        return made
+    def _rescaled(self) -> dict[str, Tensor]:
+        """Tensors besides those of quantized linears that are other ones now, by name."""
+        if "rescale" not in self._rounding.transforms or not self._fused:
+            return {}
+        done = rescale_(self._ours, self._graph, self._plan, self._rows, self._dtype)
+        self._outputs = done.outputs
+        path = self._graph.layers[self._ours.index]
+        return {f"{path}.{name}": tensor.to(self._dtype) for name, tensor in done.changed.items()}
 
-    def _round(self, of: _Set, junction: Junction, later: list[str]) -> tuple[dict[str, Quantized], Tensor]:
-        """later: sets that join the same sum and are not rounded yet: their errors are theirs to make up for."""
-        linears = {inner: self._ours.layer.get_submodule(inner) for inner in of.sites}
-        W = torch.cat([_matrix(linears[inner], site) for inner, site in of.sites.items()])
-        biases = [linear.bias for linear in linears.values()]
-        b = None if any(bias is None for bias in biases) else torch.cat([bias.detach() for bias in biases])
-        parts = self._moments(of, W, b, junction, later) if self._rounding.propagation else None
-        settings = of.spec, self._rounding.ranges
-        if parts is None:
-            G, tokens = self._gram(of, W)
-            if not tokens:
-                return self._nearest(of), torch.tensor([math.inf, 1, 1, 1, 0], dtype=torch.float64)
-            found = propagation.gptq(W, G, *settings)
-        else:
-            found = propagation.propagated(W, b, *parts, *settings, self._rounding.dampings)
-            tokens = parts[0].n
-        made, start = {}, 0
-        for inner, linear in linears.items():
-            rows = slice(start, start + _n_rows(linear, of.sites[inner]))
-            own, start = found.parts.rows(rows), rows.stop
+    def _all_rounded(
+        self, theirs: Replay | None, ours: Replay, structure: _Structure
+    ) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
+        """Quantized linears by inner name, and facts."""
+        made: dict[str, Quantized] = {}
+        facts: dict[str, Tensor] = {}
+        to_do = list(structure.order)
+        while to_do:
+            fused = self._fused[to_do.pop(0)]
+            found = None
+            if self._rounding.method != "nearest":
+                place = structure.places.get(fused.first)
+                later = [inner for inner in to_do if structure.places.get(inner) == place is not None]
+                found, tokens = self._found(theirs, ours, fused, Junction(fused.first, place), later)
+                numbers = UNSEEN
+                if found is not None:
+                    numbers = [found.damping, found.condition, found.error_nearest, found.error, tokens]
+                facts |= {
+                    FACTS + site.name: torch.tensor(numbers, dtype=torch.float64) for site in fused.sites.values()
+                }
+            own = self._assembled(fused, found)
+            fused.put_(own, self._dtype)
+            made |= own
+        return made, facts
+
+    def _assembled(self, fused: Fused, found: propagation.Found | None) -> dict[str, Quantized]:
+        """Each by itself; without what was found rounded to nearest."""
+        own, start = {}, 0
+        for inner, linear, W in fused.linears:
+            if found is None:
+                own[inner] = packed(W, linear.bias, fused.spec, ranges=self._rounding.ranges)
+                continue
+            rows = slice(start, start + len(W))
+            parts, start = found.parts.rows(rows), rows.stop
             bias = linear.bias if found.b is None else found.b[rows].to(self._dtype)
-            made[inner] = assembled(own.rest, own.high, own.salient, bias, of.spec)
-        self._put(made)
-        facts = [found.damping, found.condition, found.error_nearest, found.error, tokens]
-        return made, torch.tensor(facts, dtype=torch.float64)
+            own[inner] = assembled(parts.rest, parts.high, parts.salient, bias, fused.spec)
+        return own
 
-    def _put(self, made: Mapping[str, Quantized]) -> None:
-        """The layer computes with what will be stored."""
-        sites = {inner: site for of in self._sets for inner, site in of.sites.items()}
-        for inner, quantized in made.items():
-            linear, Q = self._ours.layer.get_submodule(inner), quantized.dequantize()
-            changed = {"weight": Q.T if sites[inner].transposed else Q}
-            if quantized.bias is not None:
-                changed["bias"] = quantized.bias.to(self._dtype)
-            refill_(linear, **changed)
+    def _found(
+        self, theirs: Replay | None, ours: Replay, fused: Fused, junction: Junction, later: list[str]
+    ) -> tuple[propagation.Found | None, int]:
+        """What rounding with feedback finds, if any input comes, and for how many tokens.
 
-    def _gram(self, of: _Set, W: Tensor) -> tuple[Tensor, int]:
-        """X^T X of the inputs as they come, and the number of tokens."""
+        later: linears that join the same sum and are not rounded yet: their errors are theirs to make up for.
+        """
+        W, how = fused.W, (fused.spec, self._rounding.ranges)
+        for walk in filter(None, (theirs, ours)):
+            walk.settle(fused.first, W.shape[1])
+        parts = self._moments(theirs, ours, fused, junction, later) if self._rounding.propagation else None
+        if parts is not None:
+            return propagation.propagated(W, fused.b, *parts, *how, self._rounding.dampings), parts[0].n
         moments = Moments(W.shape[1], 0, W.device)
-        for b in range(len(self._ours.batches)):
-            X = inputs_of(self._ours, b, of.first)
+        for b in range(len(ours.batches)):
+            X = inputs_of(ours, b, fused.first)
             if X is not None:
                 moments.add_(X, X.new_empty(len(X), 0))
-        return moments.XX, moments.n
+        return (propagation.gptq(W, moments.XX, *how) if moments.n else None), moments.n
 
     def _moments(
-        self, of: _Set, W: Tensor, bias: Tensor | None, junction: Junction, later: list[str]
+        self, theirs: Replay, ours: Replay, fused: Fused, junction: Junction, later: list[str]
     ) -> tuple[Moments, Moments] | None:
         """Of the windows that are fitted to, and of those held out; None if it does not see every token in both."""
+        W, bias, kept = fused.W, fused.bias_of_some, fused.kept(self._rows)
+        left = (lambda Y: Y) if kept is None else (lambda Y: Y[:, kept.to(W.device)])
+        factors = self._factors(fused)
         parts = [Moments(W.shape[1], W.shape[0], W.device) for _ in range(2)]
-        offset = torch.zeros(len(W)).to(W) if bias is not None else self._fixed(of, W)
-        kept = self._kept_rows(of).to(W.device)
-        for b, (first, rows) in enumerate(self._ours.batches):
+        for b, (first, rows) in enumerate(ours.batches):
             if junction.place is None:
-                X, Y = inputs_of(self._ours, b, of.first), outputs_of(self._theirs, b, list(of.sites))
-                target = None if Y is None else Y[:, kept]
+                X, Y = inputs_of(ours, b, fused.first), outputs_of(theirs, b, list(fused.sites))
             else:
-                theirs, ours = (junction.look(step, b, later) for step in (self._theirs, self._ours))
-                X = None if ours is None else ours.X
-                target = None if X is None or theirs is None else (theirs.Y + theirs.rest)[:, kept] - ours.rest
-            if X is None or target is None or not len(X) == len(target) == rows.numel():
+                own, aim = (junction.look(walk, b, later) for walk in (ours, theirs))
+                if own is None or aim is None or len(own.X) != len(aim.X):
+                    return None
+                X, Y = own.X, aim.Y.add_(aim.rest)
+            if X is None or Y is None or not len(X) == len(Y) == rows.numel():
                 return None
-            parts[first >= self._border].add_(X, target - offset)
+            Y = left(Y)
+            if junction.place is not None:
+                Y = Y - own.rest
+            elif factors is not None:
+                Y = Y * factors
+            parts[first >= self._border].add_(X, Y if bias is None else Y - bias)
         return parts[0], parts[1]
 
-    def _fixed(self, of: _Set, W: Tensor) -> Tensor:
-        """Biases that stay, because not all linears of the set have one."""
-        found = []
-        for inner, site in of.sites.items():
-            linear = self._ours.layer.get_submodule(inner)
-            n = _n_rows(linear, site)
-            found.append(torch.zeros(n).to(W) if linear.bias is None else linear.bias.detach())
-        return torch.cat(found)
-
-    def _kept_rows(self, of: _Set) -> Tensor:
-        """Of the original's outputs of a set, those that its linears still have."""
-        found, start = [], 0
-        for site in of.sites.values():
-            own = self._rows[site.name][0] if site.name in self._rows else torch.arange(site.d_out)
-            found.append(start + own)
-            start += site.d_out
-        return torch.cat(found)
-
-
-def _matrix(linear: torch.nn.Module, site: LinearSite) -> Tensor:
-    """(d_out, d_in)."""
-    return (linear.weight.T if site.transposed else linear.weight).detach()
-
-
-def _n_rows(linear: torch.nn.Module, site: LinearSite) -> int:
-    return linear.weight.shape[1 if site.transposed else 0]
+    def _factors(self, fused: Fused) -> Tensor | None:
+        """Of the outputs of a set, what rescaling made of them; None for nothing."""
+        if not self._outputs.keys() & fused.sites.keys():
+            return None
+        each = [self._outputs.get(inner, torch.ones(len(W))).to(W) for inner, _, W in fused.linears]
+        return torch.cat(each)

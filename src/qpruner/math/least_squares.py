@@ -44,7 +44,7 @@ class Moments:
         self.XY += X.T @ Y
         self.x += X.sum(0, dtype=torch.float64)
         self.y += Y.sum(0, dtype=torch.float64)
-        self.yy += Y.double().square().sum()
+        self.yy += torch.linalg.vector_norm(Y, dtype=torch.float64).square()
         self.n += len(X)
 
     def join_(self, other: "Moments") -> None:

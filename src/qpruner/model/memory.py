@@ -35,6 +35,7 @@ FORWARD_COPIES, BACKWARD_COPIES = 1.5, 3.0  # of what goes in and out of a layer
 TRAINING_COPIES = 2  # the same in every layer, with what dropout and adapters keep
 REFIT_TOKENS = 2048  # that go through a layer at once while linears are refitted
 REFIT_SQUARES, REFIT_PRODUCTS = 5, 7  # moments of two parts, what is solved and its factor; what is solved for
+REMEMBERED = 2**28  # bytes of a layer's activations that are kept while its linears are rounded one after the other
 ROUNDED_TOGETHER = 2**22  # weights of several candidates that are rounded together
 ROUND_COPIES = 6  # of them in float32: stacked, in tiles, values, and dequantized in float64
 EXPERT_MOMENTS = 2**30  # bytes of the moments of experts that are summed up at the same time
@@ -232,6 +233,7 @@ def stages_of(sizes: Sizes, work: Work, hidden_size: int, *, resident: bool) -> 
         models = (2 if work.rounds.beside else 1) * weights + (sizes.all if resident else 0)
         ends = sizes.widths * item + 4 * (work.rounds.d_out + work.rounds.k)
         through = FORWARD_COPIES * max(window, REFIT_TOKENS) * ends
+        through += (2 if work.rounds.beside else 1) * min(REMEMBERED, n_windows * window * sizes.widths * item)
         stages["rounding"] = models + through + work.rounds.size_bytes + states(4) + (work.whole_bytes or 0)
     if work.whole_bytes is not None:
         training = work.training_tokens * 4 * (TRAINING_COPIES * sizes.all_widths + LOGIT_COPIES * work.vocabulary)

@@ -5,7 +5,6 @@ is not taken from that: it runs on random products in both bases, and all that i
 agree.
 """
 
-import copy
 from collections.abc import Callable, Mapping
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from qpruner.errors import ModelError
 from qpruner.math.rotation import Rotation
 from qpruner.model.graph import Graph, Group
+from qpruner.model.norms import offset_of
 from qpruner.model.probe import Recording, reached, record, run_on
 from qpruner.model.residual import NAME, by_element
 from qpruner.model.rotate import Norm, Rotated, Turn
@@ -137,20 +137,12 @@ class _Finding:
         return {path: self._norm(run.model.get_submodule(path), path) for path in sorted(between)}, through
 
     def _norm(self, module: nn.Module, path: str) -> Norm:
-        own = {name for name, _ in module.named_parameters()}
-        if "weight" not in own or not own <= {"weight", "bias"}:
+        offset = offset_of(module)
+        if offset is None:
             raise self._refusal(f"{path!r} has parameters other than a weight and a bias")
-        tried = copy.deepcopy(module)
-        x = torch.randn(8, module.weight.shape[0], generator=torch.Generator().manual_seed(0))
-
-        def output(weight: float) -> Tensor:
-            for name, parameter in tried.named_parameters():
-                parameter.data = torch.full_like(parameter, weight if name == "weight" else 0.0)
-            return tried(x).detach()
-
-        still, moved = output(0.0), output(1.0)
-        offset = round(float((still * (moved - still)).sum() / (moved - still).square().sum()))
-        return Norm(f"{path}.weight", f"{path}.bias" if "bias" in own else None, float(offset))
+        return Norm(
+            f"{path}.weight", f"{path}.bias" if hasattr(module, "bias") and module.bias is not None else None, offset
+        )
 
     def _prove(self, run: Recording, turn: Turn, fed: Mapping[str, Tensor]) -> None:
         """Between its linears, the turned model computes what the model does, in the other basis."""
