@@ -27,6 +27,10 @@ def untied(family: str, folder: Path) -> Path:
     return save(model.to(torch.bfloat16), folder, tokenizer=True)
 
 
+RESCALED = f"gptaq[{QUICK},bits=[3],group_size=16,ranges=absmax,kept=0.5,transforms=[rotate,rescale]]"
+TRAINED = f"gptq[{QUICK},transforms=[rescale],steps=2,batch_size=2,adapter_rank=4,loftq_iterations=0,ranges=absmax]"
+
+
 @pytest.fixture(scope="module")
 def neox(tmp_path_factory) -> Path:
     return untied("gpt_neox", tmp_path_factory.mktemp("model") / "neox")
@@ -55,12 +59,23 @@ def test_a_rotated_model_is_stock_and_predicts_as_before(neox, tmp_path, short_t
     assert losses[0] == pytest.approx(losses[1], abs=2e-3)  # all weights were rounded to bfloat16 once more
 
 
-def test_all_of_it_in_one_layer_at_a_time_ends_in_the_same_bytes(neox, tmp_path, short_text, monkeypatch):
-    whole = compress(neox, tmp_path / "whole", PRUNED, short_text)
+@pytest.mark.parametrize("recipe", [PRUNED, RESCALED], ids=["rotated", "rescaled"])
+def test_all_of_it_in_one_layer_at_a_time_ends_in_the_same_bytes(neox, tmp_path, short_text, monkeypatch, recipe):
+    whole = compress(neox, tmp_path / "whole", recipe, short_text)
     fitting = prepare.forecast_for
     monkeypatch.setattr(prepare, "forecast_for", lambda *args: dataclasses.replace(fitting(*args), resident=False))
-    streamed = compress(neox, tmp_path / "streamed", PRUNED, short_text)
+    streamed = compress(neox, tmp_path / "streamed", recipe, short_text)
     assert files(streamed.artifact) == files(whole.artifact)
+
+
+@pytest.mark.parametrize("recipe", [RESCALED, TRAINED], ids=["rotated too", "adapters beside"])
+def test_rescaled_norms_and_biases_ship_with_the_codes(neox, tmp_path, short_text, recipe):
+    made = compress(neox, tmp_path / "out", recipe, short_text)
+    stored, folder = load_file(made.artifact / "model.safetensors"), tmp_path / "out.run/measurements/rounding"
+    found = {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
+    assert any("layernorm.weight" in name for name in found) and any(name.endswith("dense.codes") for name in found)
+    assert all(torch.equal(stored[name], tensor) for name, tensor in found.items())
+    assert made.facts.sizes.predicted == made.facts.sizes.on_disk
 
 
 def test_another_transform_in_the_same_run_folder_is_another_result(neox, tmp_path, short_text):

@@ -25,7 +25,7 @@ from qpruner.model.stream import Step
 from qpruner.model.surgery import refill_
 from qpruner.plan import Plan
 
-ROWS = 512  # of a weight that factors are tried on: all rows share them
+ROWS = 256  # of a weight that factors are tried on: all rows share them
 PLAIN = {torch.float64: 1e-3, torch.float32: 1e-3}  # of what factors on one side alone would change: what both may
 ROUGH = 0.03  # the same in shorter numbers
 TRIALS = 16  # of where the columns of a group come from; layouts that are known are found by the first few
@@ -36,10 +36,12 @@ KINDS = ("kv_group", "channel")
 class Rescaled:
     """What became of a layer. Names are inner ones.
 
+    sources: norms and linears that factors can be taken back in.
     changed: tensors other than the weights of quantized linears, as they now are. outputs: of linears whose outputs
         are now so many times what they were. errors: before and after, of the linears that were looked at, relative.
     """
 
+    sources: tuple[str, ...] = ()
     changed: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -88,7 +90,8 @@ class _Layer:
         quantized = {f"{inner}.weight" for inner in self._sites if self._bits(inner) < 16}
         state = self._layer.state_dict()
         names = [name for name in done.changed if name not in quantized]
-        return Rescaled({name: state[name].clone() for name in names}, done.outputs, done.errors)
+        sources = tuple(spot.norm or spot.producer for spot in spots)
+        return Rescaled(sources, {name: state[name].clone() for name in names}, done.outputs, done.errors)
 
     def _bits(self, inner: str) -> int:
         return self._plan.specs[self._sites[inner].name].bits

@@ -10,22 +10,22 @@ Notation
     D        what the map loses, Q(W diag(s)) diag(s)^-1 - W                        (d_out, d)
     x, w     root mean square of the inputs, and of the columns, of each class       (m,)
 
-The error of the output, tr(D G D^T), is tried for s = x^a and s = x^a / w^(1 - a), a on a grid; s = 1 is tried as well.
-Source: AWQ, arXiv 2306.00978, with the Gram matrix for its passes over text.
+The error of the output, tr(D G D^T), is tried for s = x^a / w^b, first with b = 0 and with b = 1 - a; s = 1 is tried as
+well. Source: AWQ, arXiv 2306.00978, with the Gram matrix for its passes over text.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-POINTS = 20  # of the grid for a, as AWQ's authors have
+STEPS = (0.25, 0.125)  # of the exponents
 LARGEST = 64.0  # factor: biases and norms that are divided by one have to stay what 16 bits can hold
 
 # A weight, rounded and back; and how much the squared error of each of its inputs counts.
-Round = Callable[[Float[Tensor, "out d"], Float[Tensor, " d"]], Float[Tensor, "out d"]]
+Round = Callable[[Float[Tensor, "_ d"], Float[Tensor, " d"]], Float[Tensor, "_ d"]]
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,37 @@ class Chosen:
 
 
 def choose(
-    maps: Sequence[tuple[Float[Tensor, "out d"], Round]], G: Float[Tensor, "d d"], classes: Int[Tensor, " d"], m: int
+    maps: Sequence[tuple[Float[Tensor, "_ d"], Round]], G: Float[Tensor, "d d"], classes: Int[Tensor, " d"], m: int
 ) -> Chosen:
-    """The factors that lose least, over all maps that read these inputs."""
-    G32, best = G.to(maps[0][0]), None
-    for s in candidates(maps, G, classes, m):
-        factors = spread(s, classes).to(maps[0][0])
-        error = sum(output_error(W, round_, G32, factors) for W, round_ in maps)
-        if best is None:
-            best = Chosen(s, error, error)
-        elif error < best.error:
-            best = Chosen(s, error, best.error_before)
-    return best
+    """The factors that lose least, over all maps that read these inputs: a coarse look, then a closer one."""
+    x = class_sizes(G.diagonal(), classes, m).log()
+    w = class_sizes(sum(W.double().square().sum(0) for W, _ in maps), classes, m).log()
+    G32 = G.to(maps[0][0])
+
+    def error(s: Float[Tensor, " m"]) -> float:
+        factors = spread(s, classes).to(G32)
+        return sum(output_error(W, round_, G32, factors) for W, round_ in maps)
+
+    one = torch.ones_like(x)
+    best = first = error(one), one
+    where = 0.0, 0.0
+    tried = {where}
+    for step in STEPS:
+        for a, b in neighbours(*where, step):
+            if (a, b) not in tried:
+                tried.add((a, b))
+                s = bounded(a * x - b * w)
+                if (found := error(s)) < best[0]:
+                    best, where = (found, s), (a, b)
+    return Chosen(best[1], best[0], first[0])
+
+
+def neighbours(a: float, b: float, step: float) -> list[tuple[float, float]]:
+    """Exponents to try. At first all along both lines; then beside the best."""
+    if step == STEPS[0]:
+        return [(step * i, b) for i in range(1, int(1 / step) + 1) for b in (0.0, 1 - step * i)] + [(0.0, 1.0)]
+    near = [(a + step, b), (a - step, b), (a, b + step), (a, b - step)]
+    return [(a, b) for a, b in near if 0 <= a <= 1 and 0 <= b <= 1]
 
 
 def output_error(
@@ -60,27 +79,12 @@ def output_error(
     return float(((D @ G) * D).sum(dtype=torch.float64))
 
 
-def candidates(
-    maps: Sequence[tuple[Float[Tensor, "out d"], Round]], G: Float[Tensor, "d d"], classes: Int[Tensor, " d"], m: int
-) -> Iterator[Float[Tensor, " m"]]:
-    """Ones first."""
-    x = _class_sizes(G.diagonal(), classes, m)
-    w = _class_sizes(sum(W.double().square().sum(0) for W, _ in maps), classes, m)
-    yield torch.ones_like(x)
-    for point in range(POINTS + 1):
-        a = point / POINTS
-        if a:
-            yield _bounded(a * x.log())
-        if a < 1:
-            yield _bounded(a * x.log() - (1 - a) * w.log())
-
-
 def spread(s: Float[Tensor, " m"], classes: Int[Tensor, " d"]) -> Float[Tensor, " d"]:
     """The factor of every input."""
     return torch.where(classes < 0, 1, s[classes.clamp(min=0)])
 
 
-def _class_sizes(squares: Float[Tensor, " d"], classes: Int[Tensor, " d"], m: int) -> Float[Tensor, " m"]:
+def class_sizes(squares: Float[Tensor, " d"], classes: Int[Tensor, " d"], m: int) -> Float[Tensor, " m"]:
     """Roots of the means of each class; of what is zero, far below the others, something small."""
     there = classes >= 0
     sums = squares.new_zeros(m).index_add_(0, classes[there], squares[there])
@@ -89,6 +93,6 @@ def _class_sizes(squares: Float[Tensor, " d"], classes: Int[Tensor, " d"], m: in
     return means.clamp(min=float(means.mean()) * 1e-8 + 1e-300).sqrt()
 
 
-def _bounded(logs: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
+def bounded(logs: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
     """About one in the middle."""
     return (logs - logs.mean()).exp().clamp(1 / LARGEST, LARGEST)
