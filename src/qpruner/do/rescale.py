@@ -164,11 +164,11 @@ class _Layer:
     def _holds(self, spot: _Spot) -> bool:
         """Whether factors on both sides change nothing, by what those on one side change."""
         generator = torch.Generator().manual_seed(0)
-        s = torch.exp2(torch.rand(spot.m, generator=generator, dtype=torch.float64) * 2 - 1)
+        s = torch.exp2(torch.randint(-1, 2, (spot.m,), generator=generator).double())  # exact in any dtype
         before, saved = self._ours.run(0).double(), self._save(spot)
-        self._scale_readers_(spot, s)
+        s = self._scale_source_(spot, s)
         one = self._ours.run(0).double()
-        self._scale_source_(spot, s)
+        self._scale_readers_(spot, s)
         both = self._ours.run(0).double()
         for module, tensors in saved:
             refill_(module, **tensors)
