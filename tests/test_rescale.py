@@ -200,14 +200,15 @@ def test_rounding_loses_less(family):
     assert distance["rescale",] < 0.8 * distance[()]
 
 
-@pytest.mark.parametrize("family", SOME)
-def test_targets_follow_the_factors(family):
-    """At 8 bits hardly anything is lost: a linear that aimed at what it was before would undo its factors."""
-    for kept in (0.5,):
-        case = Case(family, GPTAQ, INT8, kept=kept)
-        reference = Case(family, Rounding(**GPTAQ.model_dump() | {"transforms": ()}), INT8, kept=kept)
-        distances = [(rounded_logits(c) - logits_of(c.model)).square().mean() for c in (case, reference)]
-        assert distances[0] < 2 * distances[1] + 1e-12
+@pytest.mark.parametrize("kept", [1.0, 0.5])
+def test_targets_follow_the_factors(kept):
+    """First linears see what the original's see: nothing is to be repaired, unless they aim at what they were before."""
+    graph = discover(tiny("llama"))
+    specs = {name: INT3 if name.endswith("o_proj") else INT8 for name in graph.linears}
+    case = Case("llama", GPTAQ, specs, kept=kept)
+    rows = {row["linear"]: row for row in case.rows(case.results())}
+    values = rows["model.layers.0.self_attn.v_proj"]
+    assert values["damping"] is None and values["error"] < 1e-4
 
 
 @pytest.mark.parametrize("rounding", [NEAREST, GPTAQ], ids=["nearest", "gptaq"])
