@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qpruner.math.least_squares import Moments, condition_number, repair, squared_error
+from qpruner.math.least_squares import Moments, Pairs, condition_number, repair, squared_error
 
 DAMPINGS = st.floats(0, 1e6) | st.just(math.inf)
 
@@ -116,3 +116,16 @@ def test_condition_numbers_within_a_factor_of_two(rand, k, decay):
     B = (B + B.T) / 2
     expected = torch.linalg.cond(B).item()
     assert expected / 2 <= condition_number(B, torch.linalg.cholesky(B)) <= expected * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_moments_from_inputs_alone(rand, bias):
+    X, Z, W, b = rand(50, 7), rand(50, 5), rand(4, 5), rand(4) if bias else None
+    whole, pairs = Moments(7, 4), Pairs(7, 5)
+    for rows in (slice(0, 20), slice(20, 50)):
+        whole.add_(X[rows], Z[rows] @ W.T + (0 if b is None else b))
+        pairs.add_(X[rows], Z[rows])
+    found = pairs.moments(W, b)
+    assert found.n == whole.n
+    for name in ("XX", "XY", "x", "y", "yy"):
+        torch.testing.assert_close(getattr(found, name), getattr(whole, name))

@@ -27,11 +27,13 @@ from qpruner.report import (
     ProjectionBits,
     Recovered,
     Refitted,
+    RoundedLinear,
     Search,
     Sensitivity,
     Sizes,
     Stage,
     Trial,
+    Tuning,
     absent,
     all_warnings,
     before_after,
@@ -93,7 +95,7 @@ def example() -> Facts:
             plain = 0.09 if bits == 4 else 0.006
             starts.append(AdapterStart(linear=name, layer=i, plain=plain, loftq=plain * draw.uniform(0.75, 0.95)))
 
-    blend, reconstruction = [], []
+    blend, reconstruction, rounding = [], [], []
     for i in range(6):
         for kind, short, linear in (("kv_group", "self_attn", "o_proj"), ("channel", "mlp", "down_proj")):
             group = f"model.layers.{i}.{short}"
@@ -111,6 +113,19 @@ def example() -> Facts:
                     error=error if choice == "sliced" else 0.6 * error,
                     tokens=16384,
                 )
+            )
+            nearest = draw.uniform(0.01, 0.1)
+            rounding.append(
+                RoundedLinear(
+                    linear=f"{group}.{linear}",
+                    layer=i,
+                    spec="int3 g32 asymmetric",
+                    damping=0.01,
+                    condition=80.0,
+                    error_nearest=nearest,
+                    error=0.7 * nearest,
+                    tokens=16384,
+                )  # fmt: skip
             )
     losses = {"fine": 2.61, "coarse": 2.58, "mean": 2.55, "attention": 2.56, "learned": 2.57}
     fusion = Fusion(way="mean", losses=losses, blend=tuple(blend), curve=(2.9, 2.7, 2.6))
@@ -174,6 +189,12 @@ def example() -> Facts:
         sensitivities=tuple(sensitivities),
         fusion=fusion,
         reconstruction=tuple(reconstruction),
+        rounding=tuple(rounding),
+        tuning=Tuning(
+            before=0.12,
+            after=0.07,
+            curve=[LossPoint(step=s, loss=0.05 + 0.07 * math.exp(-s / 40)) for s in range(4, 201, 4)],
+        ),
         search=Search(trials=tuple(trials), front=tuple(t.number for t in front), chosen=chosen),
         recovery=Recovered(curve=tuple(curve), loss_before=2.521, loss_after=2.402, starts=tuple(starts)),
         stages=tuple(Stage(name=n, seconds=s) for n, s in [("measure", 41.2), ("search", 88.5), ("recover", 71.0)]),
@@ -202,8 +223,10 @@ def html(facts):
 
 def bare(facts: Facts, **changes) -> Facts:
     """The same run with nothing that is optional."""
-    empty = dict.fromkeys(("importance", "reconstruction", "information", "sensitivities", "stages", "notes"), ())
-    empty |= dict.fromkeys(("fusion", "search", "recovery"))
+    empty = dict.fromkeys(
+        ("importance", "reconstruction", "rounding", "information", "sensitivities", "stages", "notes"), ()
+    )
+    empty |= dict.fromkeys(("fusion", "tuning", "search", "recovery"))
     return facts.model_copy(update={**empty, **changes})
 
 

@@ -202,7 +202,7 @@ def test_rounding_loses_less(family):
 
 @pytest.mark.parametrize("kept", [1.0, 0.5])
 def test_targets_follow_the_factors(kept):
-    """First linears see what the original's see: nothing is to be repaired, unless they aim at what they were before."""
+    """First linears see what the original's see: nothing is to be repaired, unless they aim at what they were."""
     graph = discover(tiny("llama"))
     specs = {name: INT3 if name.endswith("o_proj") else INT8 for name in graph.linears}
     case = Case("llama", GPTAQ, specs, kept=kept)

@@ -19,6 +19,7 @@ from qpruner.model.graph import Graph
 QUICK = "window=64,calibration_windows=8,search_windows=4,evaluation_windows=4,width_grid=16"
 GPTAQ = f"gptaq[{QUICK},bits=[3],group_size=16]"
 PRUNED = f"gptaq[{QUICK},bits=[3],group_size=16,kept=0.5,reconstruction=least-squares,added_biases=true]"
+NARROW = f"gptaq[{QUICK},bits=[2],group_size=16,salient=2,precision=bfloat16]"
 TRAINED = f"gptq[{QUICK},steps=2,batch_size=2,adapter_rank=4,loftq_iterations=0]"
 MIXED = f"gptq[{QUICK},bits=[2,4],group_size=16,symmetric=true,salient=2,allocation=mutual-information]"
 
@@ -58,7 +59,7 @@ print(json.dumps([type(model).__name__, model(input_ids=ids).logits.tolist()]))
 """
 
 
-@pytest.mark.parametrize("recipe", [GPTAQ, PRUNED, MIXED], ids=["gptaq", "pruned", "mixed"])
+@pytest.mark.parametrize("recipe", [GPTAQ, PRUNED, MIXED, NARROW], ids=["gptaq", "pruned", "mixed", "bfloat16"])
 def test_the_codes_ship_in_the_predicted_bytes(model, tmp_path, short_text, recipe):
     made = compress(model, tmp_path / "out", recipe, short_text)
     stored, found = load_file(made.artifact / "model.safetensors"), found_in(tmp_path / "out.run")
@@ -126,3 +127,24 @@ def test_what_cannot_be_done_is_refused(model, tmp_path, short_text, monkeypatch
     )
     with pytest.raises(RecipeError, match="rounds linears layer by layer.*keys of layer 0.*Set rounding to nearest"):
         compress(model, tmp_path / "out", GPTAQ, short_text)
+
+
+def test_codes_are_learned_from_predictions_and_ship(model, tmp_path, short_text):
+    recipe = GPTAQ.replace("gptaq[", "gptaq[bits=[2],group_size=8,network_steps=6,tuning_batch=2,")
+    made = compress(model, tmp_path / "out", recipe, short_text)
+    stored, learned = load_file(made.artifact / "model.safetensors"), tmp_path / "out.run/measurements/tuning"
+    found = load_file(learned / "tuned.safetensors")
+    assert sum(name.endswith(".codes") for name in found) == 21
+    assert all(torch.equal(stored[name], tensor.to(stored[name].dtype)) for name, tensor in found.items())
+    before = found_in(tmp_path / "out.run")
+    tuned = json.loads((learned / "tuning.json").read_text())
+    changed = any(not torch.equal(before[name], found[name]) for name in before)
+    assert changed == (tuned["after"] < tuned["before"]) and len(tuned["curve"]) == 6
+
+
+def test_codes_are_learned_layer_by_layer(model, tmp_path, short_text, one_layer_at_a_time):
+    recipe = GPTAQ.replace("gptaq[", "gptaq[bits=[2],group_size=8,layer_steps=8,")
+    compress(model, tmp_path / "tuned", recipe, short_text)
+    compress(model, tmp_path / "plain", recipe.replace("layer_steps=8", "layer_steps=0"), short_text)
+    tuned, plain = found_in(tmp_path / "tuned.run"), found_in(tmp_path / "plain.run")
+    assert tuned.keys() == plain.keys() and any(not torch.equal(tuned[name], plain[name]) for name in plain)

@@ -26,7 +26,7 @@ from qpruner.model import adapters, cost
 from qpruner.plan import Plan
 from qpruner.prepare import Prepared, without_layers
 from qpruner.refitting import reconstructed
-from qpruner.rounding import rounded
+from qpruner.rounding import rounded, tuned
 from qpruner.run import digest_of
 from qpruner.shape import stored_sizes
 
@@ -41,6 +41,7 @@ class Done:
     search_loss: dict[str, float]
     loftq_errors: dict[str, tuple[float, float]]
     rounding: list[dict]  # a row for each linear whose codes were found with text
+    tuning: dict | None = None  # as `do.tune.Tuned`, where codes were learned from predictions
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ def _in_memory(job: Job, scores: dict[str, Tensor], kept: widths.Kept, informati
     job, rows = rounded(job, decided.plan)
     if codes := job.codes():
         candidates.put_stored_(decided.plan.specs, codes)
+    job, tuning = tuned(job, decided.plan, model, candidates)
     errors, before = candidates.errors(), search_loss(job, model)
     candidates.forget()
     curve = _recover(job, model, decided.plan)
@@ -91,7 +93,7 @@ def _in_memory(job: Job, scores: dict[str, Tensor], kept: widths.Kept, informati
     if decided.plan.adapters == "merged" and decided.plan.adapter_ranks:
         adapters.merge_adapters_(model)
     save.save_artifact(_cleared(job), model, job.graph, decided.plan, **_saved_as(job, decided.plan))
-    return decided, Done(curve, {"before": before, "after": after}, errors, rows)
+    return decided, Done(curve, {"before": before, "after": after}, errors, rows, tuning)
 
 
 def _layer_by_layer(

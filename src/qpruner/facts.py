@@ -14,6 +14,7 @@ from qpruner.deciding import Decided
 from qpruner.job import partial
 from qpruner.model import cost, memory
 from qpruner.model.discover import spans
+from qpruner.plan import Plan
 from qpruner.prepare import Prepared
 from qpruner.report import facts as report
 from qpruner.run import digest_of
@@ -67,6 +68,8 @@ def facts_of(
         ),  # fmt: skip
         fusion=fusion(prepared, decided),
         reconstruction=tuple(report.Refitted(**row) for row in measured.reconstruction),
+        rounding=tuple(report.RoundedLinear(**row) for row in measured.done.rounding),
+        tuning=tuning(measured),
         information=tuple(report.Information(**row) for row in decided.information),
         sensitivities=tuple(
             report.Sensitivity(unit=unit.name, layer=unit.layer, bits=bits, nats=nats)
@@ -74,7 +77,7 @@ def facts_of(
             for bits, nats in zip(prepared.recipe.bits, row, strict=True)
         ),
         search=search(decided, measured),
-        recovery=recovery(prepared, measured),
+        recovery=recovery(prepared, decided.plan, measured),
         memory=used,
         stages=tuple(report.Stage(name=name, seconds=s) for name, s in seconds.items()),
         warnings=warnings(prepared, decided, measured),
@@ -169,6 +172,14 @@ def fusion(prepared: Prepared, decided: Decided) -> report.Fusion | None:
     return report.Fusion(way=fused.way, losses=fused.losses, blend=blend, curve=fused.curve)
 
 
+def tuning(measured: Measured) -> report.Tuning | None:
+    found = measured.done.tuning
+    if found is None:
+        return None
+    curve = tuple(report.LossPoint(step=step, loss=loss) for step, loss in found["curve"])
+    return report.Tuning(before=found["before"], after=found["after"], curve=curve)
+
+
 def search(decided: Decided, measured: Measured) -> report.Search | None:
     """Trials count the bytes of what they choose between; here all that is stored besides is added."""
     if not decided.trials:
@@ -184,8 +195,8 @@ def search(decided: Decided, measured: Measured) -> report.Search | None:
     )
 
 
-def recovery(prepared: Prepared, measured: Measured) -> report.Recovered | None:
-    if not measured.done.loss_curve and not measured.done.loftq_errors:
+def recovery(prepared: Prepared, plan: Plan, measured: Measured) -> report.Recovered | None:
+    if not plan.adapter_ranks or not (measured.done.loss_curve or measured.done.loftq_errors):
         return None
     linears = prepared.shape.graph.linears
     return report.Recovered(

@@ -1,14 +1,24 @@
-"""The stage of a run that finds the codes of a plan with the help of text."""
+"""The stages of a run that find the codes of a plan with the help of text: layer by layer, then all together."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+from safetensors.torch import save_file
+from torch import nn
+
+from qpruner.do.quantize import Candidates
 from qpruner.do.rounding import facts_of, round_
+from qpruner.do.tune import layer_tuner, tune_network_
 from qpruner.do.walk import read_facts, write_results
 from qpruner.job import Job
+from qpruner.model.learned import vectors_of
+from qpruner.model.scratch import Scratch
 from qpruner.plan import Plan
 from qpruner.run import digest_of
+
+CURVE = "tuning.json"
 
 
 def rounded(job: Job, plan: Plan) -> tuple[Job, list[dict]]:
@@ -22,13 +32,47 @@ def rounded(job: Job, plan: Plan) -> tuple[Job, list[dict]]:
     with job.scratch("rounding", inputs) as ours, job.scratch("rounding-original", inputs) as theirs:
 
         def compute(folder: Path) -> None:
-            beside = plan.rounding.propagation or plan.rounding.layer_steps
-            original = job.original_beside() if beside else None
+            settings = plan.rounding
+            original = job.original_beside() if settings.propagation or settings.layer_steps else None
             results = round_(
                 original, job.pruned(plan.kept, job.precision), job.graph, plan, windows, dtype=job.stored_dtype,
                 scratches=(theirs, ours), on_layer=job.progress("rounding"),
+                tune=layer_tuner(plan, len(windows)) if settings.layer_steps else None,
             )  # fmt: skip
             write_results(results, folder, partial(facts_of, plan))
 
         folder = job.run.files("rounding", inputs, compute)
     return replace(job, rounded=folder, rounded_from=digest_of(inputs)), read_facts(folder)
+
+
+def tuned(job: Job, plan: Plan, model: nn.Module, candidates: Candidates) -> tuple[Job, dict | None]:
+    """The job that has the codes that were learned from the original's predictions, and how that went.
+
+    model: with the quantized linears of the plan in it; what was learned is put there.
+    """
+    if not plan.rounding.network_steps or all(spec.bits == 16 for spec in plan.specs.values()):
+        return job, None
+    windows = job.prepared.calibration.ids
+    plain = plan.model_dump(mode="json", include={"kept", "layers", "specs", "rounding", "added_biases", "seed"})
+    inputs = job.inputs(plan=plain, windows=digest_of(windows.tolist()))
+
+    def compute(folder: Path) -> None:
+        original, scratch, settings = job.original(), Scratch(), plan.rounding
+        original.forward(windows, scratch, on_layer=job.progress("predictions"))  # one by one
+        with original.predicting(windows, scratch) as predictions:
+            found = tune_network_(
+                model, predictions, windows, steps=settings.network_steps, batch_size=settings.tuning_batch,
+                held_out=settings.held_out, seed=plan.seed, weights=candidates.weights(),
+                on_step=job.progress("tuning"),
+            )  # fmt: skip
+        vectors = {name: p.detach() for name, p in vectors_of(model).items()}
+        save_file(candidates.stored(plan.specs) | vectors, folder / "tuned.safetensors")
+        (folder / CURVE).write_text(json.dumps(asdict(found)) + "\n")
+
+    folder = job.run.files("tuning", inputs, compute)
+    job = replace(job, rounded=folder, rounded_from=digest_of(inputs))
+    codes = job.codes()
+    candidates.put_stored_(plan.specs, codes)
+    for name, p in vectors_of(model).items():
+        p.data.copy_(codes.read(name))
+    return job, json.loads((folder / CURVE).read_text())

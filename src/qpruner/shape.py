@@ -3,6 +3,7 @@
 Everything here is computed from shapes, in seconds, and touches no file of weights.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,7 @@ from qpruner.model.surgery import bereft, bereft_stacks
 from qpruner.plan import Plan
 from qpruner.recipe import Recipe
 
+LEARNED_COPIES = 6  # of linears in float32: latents, gradients, two averages of them, and what is made of them
 EVALUATION_BATCH, LOGITS_AT_ONCE = 8, 2**26  # windows, elements
 
 
@@ -198,7 +200,11 @@ def any_layers(shape: Shape, recipe: Recipe, limit_bytes: int) -> Shape:
 
 def needs_all_in_memory(recipe: Recipe) -> bool:
     searched = len(recipe.bits) > 1 and recipe.allocation in ("sensitivity", "bayesian")
-    return searched or (recipe.steps > 0 and recipe.adapter_rank > 0)
+    return searched or tunes_network(recipe) or (recipe.steps > 0 and recipe.adapter_rank > 0)
+
+
+def tunes_network(recipe: Recipe) -> bool:
+    return recipe.network_steps > 0 and recipe.bits[0] < 16
 
 
 def forecast_for(
@@ -217,6 +223,8 @@ def work_for(shape: Shape, recipe: Recipe, counts: widths.Counts, window: int) -
         sizes = {bits: shape.size(shape.plan(recipe, kept, bits)) for bits in {16, *recipe.bits}}
         candidates = sum(sizes[bits].linears for bits in recipe.bits if bits < 16)
         whole = 2 * sizes[16].total + candidates + 2 * sizes[16].adapters
+        if tunes_network(recipe):
+            whole += LEARNED_COPIES * 2 * sizes[16].linears
     refits = []
     if recipe.reconstruction != "none":
         kept = widths.first_units(shape.graph, counts)
@@ -225,13 +233,6 @@ def work_for(shape: Shape, recipe: Recipe, counts: widths.Counts, window: int) -
         for name, site in (bereft(shape.graph, kept) | bereft_stacks(shape.graph, kept)).items():
             n_experts = site.n_experts if name in shape.graph.stacks else 0
             refits.append(memory.Refit(*dims.get(name, (site.d_out, site.d_in)), n_experts))
-    rounds = []
-    if recipe.rounds().needs_text and recipe.bits[0] < 16:
-        for fused in shape.graph.projections:
-            sites = [shape.graph.linears[name] for name in fused.linears]
-            settings = recipe.rounds()
-            d_out, k, candidates = sum(site.d_out for site in sites), sites[0].d_in, 1 + len(settings.dampings)
-            rounds.append(memory.Rounds(d_out, k, settings.propagation, candidates))
     return memory.Work(
         score=recipe.score,
         calibration=(recipe.calibration_windows, window),
@@ -245,9 +246,26 @@ def work_for(shape: Shape, recipe: Recipe, counts: widths.Counts, window: int) -
         measures_influence=measures_influence(recipe),
         whole_bytes=whole,
         refits=max(refits, key=lambda refit: refit.size_bytes, default=None),
-        rounds=max(rounds, key=lambda each: each.size_bytes, default=None),
-        training_tokens=recipe.batch_size * window if recipe.steps and recipe.adapter_rank else 0,
+        rounds=rounds_for(shape, recipe),
+        training_tokens=max(
+            recipe.batch_size * window if recipe.steps and recipe.adapter_rank else 0,
+            recipe.tuning_batch * window if tunes_network(recipe) else 0,
+        ),
     )
+
+
+def rounds_for(shape: Shape, recipe: Recipe) -> memory.Rounds | None:
+    """The most that rounding with text is asked for at once."""
+    settings, found, ends = recipe.rounds(), [], Counter()
+    if not settings.needs_text or recipe.bits[0] == 16:
+        return None
+    for fused in shape.graph.projections:
+        sites = [shape.graph.linears[name] for name in fused.linears]
+        ends[fused.layer] += sites[0].d_in if len(sites) == 1 else 0
+        found.append((sum(site.d_out for site in sites), sites[0].d_in))
+    how = max(ends.values(), default=0), settings.propagation, 1 + len(settings.dampings)
+    rounds = [memory.Rounds(d_out, k, *how) for d_out, k in found]
+    return max(rounds, key=lambda each: each.size_bytes, default=None)
 
 
 def evaluation_batch(window: int, vocabulary: int) -> int:

@@ -33,7 +33,9 @@ class Fused:
 
     @property
     def W(self) -> Tensor:
-        return torch.cat([W for *_, W in self.linears])
+        """In float32 at least."""
+        W = torch.cat([W for *_, W in self.linears])
+        return W if W.dtype == torch.float64 else W.float()
 
     @property
     def b(self) -> Tensor | None:
@@ -42,18 +44,13 @@ class Fused:
         return None if any(bias is None for bias in biases) else torch.cat(biases).detach()
 
     @property
-    def bias_of_some(self) -> Tensor | None:
-        """The bias, where not all of them have one: zero for the others; None where none or all have."""
-        biases = [linear.bias for _, linear, _ in self.linears]
-        if all(bias is None for bias in biases) or self.b is not None:
-            return None
+    def constant(self) -> Tensor:
+        """What is added to the output, zero for those that have no bias."""
         filled = [W.new_zeros(len(W)) if linear.bias is None else linear.bias for _, linear, W in self.linears]
         return torch.cat(filled).detach()
 
-    def kept(self, rows: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor | None:
-        """Of the original's outputs, those that are left; None for all. rows: as `remaining` has them."""
-        if not any(site.name in rows for site in self.sites.values()):
-            return None
+    def kept(self, rows: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
+        """Of the original's outputs, those that are left. rows: as `remaining` has them."""
         found, start = [], 0
         for site in self.sites.values():
             found.append(start + (rows[site.name][0] if site.name in rows else torch.arange(site.d_out)))

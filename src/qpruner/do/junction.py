@@ -106,34 +106,11 @@ def inputs_of(step: Runs, b: int, inner: str) -> Tensor | None:
         raise _Enough
 
     with step.layer.get_submodule(inner).register_forward_pre_hook(hook):
-        _run(step, b)
+        try:
+            step.run(b)
+        except _Enough:
+            pass
     return found[0] if found else None
-
-
-def outputs_of(step: Runs, b: int, inners: Sequence[str]) -> Tensor | None:
-    """What linears of one input give, side by side, likewise; None if one of them is not called."""
-    found: dict[str, Tensor] = {}
-
-    def hook_of(inner: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            found[inner] = _flat(output)
-            if len(found) == len(inners):
-                raise _Enough
-
-        return hook
-
-    with ExitStack() as stack:
-        for inner in inners:
-            stack.callback(step.layer.get_submodule(inner).register_forward_hook(hook_of(inner)).remove)
-        _run(step, b)
-    return torch.cat([found[inner] for inner in inners], dim=1) if len(found) == len(inners) else None
-
-
-def _run(step: Runs, b: int) -> None:
-    try:
-        step.run(b)
-    except _Enough:
-        pass
 
 
 class _Enough(Exception):

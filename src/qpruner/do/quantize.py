@@ -85,6 +85,20 @@ class Candidates:
                 self._placed.pop(name, None)
         self.put_(specs)
 
+    def weights(self) -> dict[str, Tensor]:
+        """Of every linear before anything was rounded, (d_out, d_in)."""
+        return {name: matrix_of(dense, self._graph.linears[name]) for name, dense in self._dense.items()}
+
+    def stored(self, specs: Mapping[str, QuantSpec]) -> dict[str, Tensor]:
+        """What the quantized linears that stand there store, by name."""
+        found = {}
+        for name, spec in specs.items():
+            if spec.bits < 16:
+                standing = self._model.get_submodule(name)
+                layer = getattr(standing, "base_layer", standing)
+                found |= {f"{name}.{key}": tensor.detach().clone() for key, tensor in layer.state_dict().items()}
+        return found
+
     def _place_(self, name: str, layer: nn.Module) -> None:
         """Under the adapter where there is one."""
         standing = self._model.get_submodule(name)
@@ -120,7 +134,7 @@ def made(
     codes: what quantized linears store, by name; without them the weight is rounded to nearest.
     """
     rank = plan.adapter_ranks.get(site.name, 0)
-    W = (dense.weight.T if site.transposed else dense.weight).detach().float()
+    W = matrix_of(dense, site)
     # From the name and the seed alone, so that the order in which candidates are asked for does not matter.
     number = hashlib.sha256(f"{plan.seed} {site.name}".encode()).digest()[:7]
     generator = torch.Generator().manual_seed(int.from_bytes(number))
@@ -144,6 +158,11 @@ def made(
     norm = max(loftq.norm(W), 1e-30)
     factors = (found.A, found.B) if rank else None
     return Candidate(found.stored, factors, found.error / norm, found.plain_error / norm)
+
+
+def matrix_of(dense: nn.Module, site: LinearSite) -> Tensor:
+    """(d_out, d_in), float32."""
+    return (dense.weight.T if site.transposed else dense.weight).detach().float()
 
 
 def stored_in(codes: Stored, name: str, spec: QuantSpec, dense: nn.Module, d_in: int) -> Quantized:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from qpruner.do.fused import Fused, by_name, fused_in
-from qpruner.do.junction import Junction, inputs_of, outputs_of
+from qpruner.do.junction import Junction, inputs_of
 from qpruner.do.replay import End, Replay, ends_of
 from qpruner.do.rescale import rescale_
 from qpruner.do.walk import FACTS, in_order, n_fitted, side_by_side
 from qpruner.math import propagation
-from qpruner.math.least_squares import Moments
+from qpruner.math.least_squares import Moments, Pairs
 from qpruner.model.graph import Graph
 from qpruner.model.memory import REFIT_TOKENS
 from qpruner.model.quantized import Quantized, assembled, packed
@@ -31,9 +31,9 @@ from qpruner.plan import Plan
 
 UNSEEN = [math.inf, 1.0, 1.0, 1.0, 0]  # facts of linears that no input came to
 
-# May change the quantized linears of a layer, by inner name, once all of them are rounded and their weights are in the
-# layer. The first step is the original's, None where it does not walk along.
-Tune = Callable[[Step | None, Step, Mapping[str, Quantized]], Mapping[str, Quantized]]
+# May change the quantized linears of a layer, by inner name, once all of them are rounded. They stand in the layer of
+# the second step, and the original's, the first, has passed on. Last come the weights that they stand for.
+Tune = Callable[[Step, Step, Mapping[str, Quantized], Mapping[str, Tensor]], Mapping[str, Quantized]]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def round_(
     """
     propagates = plan.rounding.propagation
     assert original is not None or not propagates
-    border = n_fitted(len(windows), plan.rounding.held_out) if propagates else len(windows)
+    border = len(windows) if original is None else n_fitted(len(windows), plan.rounding.held_out)
     rows = remaining(graph, plan.kept)
     known: dict[str, _Structure] = {}
     if original is None:
@@ -157,18 +157,17 @@ class _Layer:
     def rounded(self, structure: _Structure, tune: Tune | None) -> dict[str, Tensor]:
         """The layer's result; both models have gone on to the next."""
         changed = self._rescaled()
+        before = {} if tune is None else {inner: W for each in self._fused.values() for inner, _, W in each.linears}
         with ExitStack() as stack:
             ours = stack.enter_context(Replay(self._ours, structure.ends))
             theirs = None if self._theirs is None else stack.enter_context(Replay(self._theirs, structure.ends))
             made, facts = self._all_rounded(theirs, ours, structure)
-            if tune is not None:
-                for walk in filter(None, (theirs, ours)):
-                    walk.forget()
-                made = dict(tune(self._theirs, self._ours, made))
-                for fused in self._fused.values():
-                    fused.put_(made, self._dtype)
-            for walk in filter(None, (theirs, ours)):
-                walk.pass_all_on()
+            if theirs is not None:
+                theirs.pass_all_on()
+            if tune is not None and made:
+                ours.forget()
+                made = self._tuned(tune, made, before)
+            ours.pass_all_on()
         return facts | changed | by_name(list(self._fused.values()), made, self._dtype)
 
     def _rescaled(self) -> dict[str, Tensor]:
@@ -179,6 +178,19 @@ class _Layer:
         self._outputs = done.outputs
         path = self._graph.layers[self._ours.index]
         return {f"{path}.{name}": tensor.to(self._dtype) for name, tensor in done.changed.items()}
+
+    def _tuned(self, tune: Tune, made: Mapping[str, Quantized], before: Mapping[str, Tensor]) -> dict[str, Quantized]:
+        dense = {inner: self._ours.layer.get_submodule(inner) for inner in made}
+        for inner, quantized in made.items():
+            self._ours.layer.set_submodule(inner, quantized)
+        try:
+            tuned = dict(tune(self._theirs, self._ours, made, before))
+        finally:
+            for inner, linear in dense.items():
+                self._ours.layer.set_submodule(inner, linear)
+        for fused in self._fused.values():
+            fused.put_(tuned, self._dtype)
+        return tuned
 
     def _all_rounded(
         self, theirs: Replay | None, ours: Replay, structure: _Structure
@@ -242,31 +254,35 @@ class _Layer:
         self, theirs: Replay, ours: Replay, fused: Fused, junction: Junction, later: list[str]
     ) -> tuple[Moments, Moments] | None:
         """Of the windows that are fitted to, and of those held out; None if it does not see every token in both."""
-        W, bias, kept = fused.W, fused.bias_of_some, fused.kept(self._rows)
-        left = (lambda Y: Y) if kept is None else (lambda Y: Y[:, kept.to(W.device)])
-        factors = self._factors(fused)
+        W = fused.W
+        kept = fused.kept(self._rows).to(W.device)
+        fixed = 0 if fused.b is not None else fused.constant  # a bias that all of them have moves
+        if junction.place is None:
+            whole = Fused(theirs.layer, fused.sites, fused.spec)
+            factors = self._factors(fused)
+            W, constant = whole.W[kept] * factors[:, None], whole.constant[kept] * factors - fixed
+            return self._of_inputs(theirs, ours, fused.first, W, constant)
         parts = [Moments(W.shape[1], W.shape[0], W.device) for _ in range(2)]
         for b, (first, rows) in enumerate(ours.batches):
-            if junction.place is None:
-                X, Y = inputs_of(ours, b, fused.first), outputs_of(theirs, b, list(fused.sites))
-            else:
-                own, aim = (junction.look(walk, b, later) for walk in (ours, theirs))
-                if own is None or aim is None or len(own.X) != len(aim.X):
-                    return None
-                X, Y = own.X, aim.Y.add_(aim.rest)
-            if X is None or Y is None or not len(X) == len(Y) == rows.numel():
+            own, aim = (junction.look(walk, b, later) for walk in (ours, theirs))
+            if own is None or aim is None or not len(own.X) == len(aim.X) == rows.numel():
                 return None
-            Y = left(Y)
-            if junction.place is not None:
-                Y = Y - own.rest
-            elif factors is not None:
-                Y = Y * factors
-            parts[first >= self._border].add_(X, Y if bias is None else Y - bias)
+            parts[first >= self._border].add_(own.X, (aim.Y + aim.rest)[:, kept] - own.rest - fixed)
         return parts[0], parts[1]
 
-    def _factors(self, fused: Fused) -> Tensor | None:
-        """Of the outputs of a set, what rescaling made of them; None for nothing."""
-        if not self._outputs.keys() & fused.sites.keys():
-            return None
-        each = [self._outputs.get(inner, torch.ones(len(W))).to(W) for inner, _, W in fused.linears]
-        return torch.cat(each)
+    def _of_inputs(
+        self, theirs: Replay, ours: Replay, inner: str, W: Tensor, constant: Tensor
+    ) -> tuple[Moments, Moments] | None:
+        """W, constant: of the original, of the rows that are left."""
+        pairs = None
+        for b, (first, rows) in enumerate(ours.batches):
+            X, Z = inputs_of(ours, b, inner), inputs_of(theirs, b, inner)
+            if X is None or Z is None or not len(X) == len(Z) == rows.numel():
+                return None
+            pairs = pairs or [Pairs(X.shape[1], Z.shape[1], X.device) for _ in range(2)]
+            pairs[first >= self._border].add_(X, Z)
+        return pairs[0].moments(W, constant), pairs[1].moments(W, constant)
+
+    def _factors(self, fused: Fused) -> Tensor:
+        """Of the outputs of a set, what rescaling made of them."""
+        return torch.cat([self._outputs.get(inner, torch.ones(len(W))).to(W) for inner, _, W in fused.linears])

@@ -64,6 +64,37 @@ class Moments:
         return self.XX, self.XY, self.x, self.y, self.yy
 
 
+class Pairs:
+    """The same from inputs alone, where Y is a linear map of inputs Z of its own: cheaper where it has many outputs.
+    Final."""
+
+    def __init__(self, k: int, k_other: int, device: torch.device | str = "cpu"):
+        zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=device)
+        self.XX, self.XZ, self.ZZ = zeros(k, k), zeros(k, k_other), zeros(k_other, k_other)
+        self.x, self.z, self.n = zeros(k), zeros(k_other), 0
+
+    def add_(self, X: Float[Tensor, "tokens k"], Z: Float[Tensor, "tokens k_other"]) -> None:
+        X, Z = (part if part.dtype == torch.float64 else part.float() for part in (X, Z))
+        add_gram_(self.XX, X)
+        add_gram_(self.ZZ, Z)
+        self.XZ += X.T @ Z
+        self.x += X.sum(0, dtype=torch.float64)
+        self.z += Z.sum(0, dtype=torch.float64)
+        self.n += len(X)
+
+    def moments(self, W: Float[Tensor, "d_out k_other"], b: Float[Tensor, " d_out"] | None) -> Moments:
+        """Of X and Y = Z W^T + b."""
+        W = W.double()
+        found = Moments(len(self.x), 0, self.XX.device)
+        found.XX, found.x, found.n = self.XX, self.x, self.n
+        found.XY, found.y, found.yy = self.XZ @ W.T, W @ self.z, ((W @ self.ZZ) * W).sum()
+        if b is not None:
+            b = b.double()
+            found.yy = found.yy + 2 * b.dot(found.y) + self.n * b.dot(b)
+            found.XY, found.y = found.XY + torch.outer(self.x, b), found.y + self.n * b
+        return found
+
+
 @dataclass(frozen=True)
 class Repair:
     """A repaired map. damping: that it took, infinite for slicing. condition: of what was solved, if asked for."""

@@ -28,7 +28,6 @@ Ranges = Callable[[Tensor, QuantSpec, Tensor | None], tuple[Tensor, Tensor | Non
 Columns = Float[Tensor, "g N"]
 
 NARROWEST = {2: 0.15, 3: 0.3, 4: 0.4, 5: 0.5, 6: 0.6, 8: 0.8}  # range that is tried, a fraction of absmax
-LOPSIDED = {"integer": 4, "normal-float": 3}  # up to so many bits the book has noticeably more on one side of zero
 FACTORS = 16  # ranges tried; 80 leave an error 0.1% smaller
 STEPS = 3  # of codes and scale in turn, at the end
 TINY = 1e-30  # a sum of squares below it is none
@@ -114,7 +113,7 @@ def least_error(w: Columns, spec: QuantSpec, h: Columns | None) -> tuple[Tensor,
     signs, shifts = (1,), (0,)
     if first is not None:
         shifts = (0, -1, 1)
-    elif spec.bits <= LOPSIDED.get(spec.grid, 0) and spec.scale_bits == 16:
+    elif spec.grid != "ternary" and spec.scale_bits == 16:
         signs = (1, -1)
     most, s, z = torch.full_like(widest, -1), widest, first
     for factor in torch.linspace(1, NARROWEST[spec.bits], FACTORS).tolist():

@@ -70,11 +70,13 @@ class Refit:
 class Rounds:
     """What rounding with text is asked for at once: linears that share k inputs, d_out outputs in all.
 
+    ends: inputs of all linears of a layer that share theirs with no other: what may be remembered of a token.
     beside: the original walks along. candidates: weights that are rounded to find the best.
     """
 
     d_out: int
     k: int
+    ends: int
     beside: bool
     candidates: int
 
@@ -233,7 +235,7 @@ def stages_of(sizes: Sizes, work: Work, hidden_size: int, *, resident: bool) -> 
         models = (2 if work.rounds.beside else 1) * weights + (sizes.all if resident else 0)
         ends = sizes.widths * item + 4 * (work.rounds.d_out + work.rounds.k)
         through = FORWARD_COPIES * max(window, REFIT_TOKENS) * ends
-        through += (2 if work.rounds.beside else 1) * min(REMEMBERED, n_windows * window * sizes.widths * item)
+        through += (2 if work.rounds.beside else 1) * min(REMEMBERED, n_windows * window * work.rounds.ends * item)
         stages["rounding"] = models + through + work.rounds.size_bytes + states(4) + (work.whole_bytes or 0)
     if work.whole_bytes is not None:
         training = work.training_tokens * 4 * (TRAINING_COPIES * sizes.all_widths + LOGIT_COPIES * work.vocabulary)

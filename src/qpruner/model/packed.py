@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from qpruner.math import grids, packing
 from qpruner.math.books import book, lowest
+from qpruner.model.arranged import Arranged, fits, scales_fit
 from qpruner.model.checkpoint import TORCH_DTYPES
 from qpruner.model.packed_products import product
 from qpruner.model.storage import code_width, signed_bytes, stored_parts
@@ -22,9 +23,14 @@ class PackedLinear(nn.Linear):
 
     It is an `nn.Linear` so that PEFT wraps it with no registration, also in a plain `PeftModel.from_pretrained`.
     `weight` is not a parameter but a flat view of the stored bytes: it says where the layer lives, and fits no product.
+
+    Products may put codes, scales and zeros into another order, in place: see `arranged`. Whatever asks for one of
+    them, for the state or for a copy gets the stored order back.
     """
 
     _is_hf_initialized = True  # there is nothing that transformers could initialize
+    _arranged: Arranged | None = None
+    _misfit: Tensor | None = None
 
     def __init__(self, parts: dict[str, Tensor], bias: Tensor | None, spec: QuantSpec, in_features: int):
         """parts: what `stored_parts` names."""
@@ -50,17 +56,22 @@ class PackedLinear(nn.Linear):
 
     @classmethod
     def from_rounded(cls, rounded: grids.Rounded, bias: Tensor | None, spec: QuantSpec) -> "PackedLinear":
+        parts = cls.packed_parts(rounded, spec)
+        return cls(parts, None if bias is None else bias.detach().clone(), spec, rounded.codes.shape[1])
+
+    @staticmethod
+    def packed_parts(rounded: grids.Rounded, spec: QuantSpec) -> dict[str, Tensor]:
+        """What `stored_parts` names."""
         codes = rounded.codes
         parts = {
-            "codes": (codes ^ 128).view(torch.int8) if signed_bytes(spec) else packing.pack(codes, code_width(spec))
+            "codes": (codes ^ 128).view(torch.int8) if signed_bytes(spec) else packing.pack(codes, code_width(spec)),
+            "scales": rounded.scales if spec.scale_bits == 16 else packing.pack(rounded.scales, spec.scale_bits),
         }
-        if rounded.steps is None:
-            parts["scales"] = rounded.scales
-        else:
-            parts |= {"scales": packing.pack(rounded.scales, spec.scale_bits), "steps": rounded.steps}
+        if rounded.steps is not None:
+            parts["steps"] = rounded.steps
         if rounded.zeros is not None:
             parts["zeros"] = packing.pack(rounded.zeros, spec.bits)
-        return cls(parts, None if bias is None else bias.detach().clone(), spec, codes.shape[1])
+        return parts
 
     @classmethod
     def empty(
@@ -83,7 +94,55 @@ class PackedLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:
         """The stored bytes, flat."""
-        return self.codes.view(torch.uint8).flatten()
+        return self._buffers["codes"].view(torch.uint8).flatten()
+
+    def arranged(self, make: bool = False) -> Arranged | None:
+        """The order of torch's 4-bit product: if the buffers are in it, or, to make, if the spec and the shape fit."""
+        arranged = self._arranged
+        if arranged is not None and self._buffers["codes"] is not arranged.codes:
+            arranged = self._arranged = None  # other codes were put in their place
+        if arranged is None and make and self.arrangeable:
+            with torch.inference_mode(False):  # what is made there can never be written to outside
+                arranged = Arranged(self.rounded(), self.spec)
+            self._buffers.update({name: getattr(arranged, name) for name in ("codes", "scales", "zeros")})
+            self._arranged = arranged
+        return arranged
+
+    @property
+    def arrangeable(self) -> bool:
+        if not fits(self.spec, self.out_features, self.in_features) or self.scales is self._misfit:
+            return False
+        if not scales_fit(self.scales):
+            self._misfit = self.scales  # looked through once
+        return self._misfit is not self.scales
+
+    def restore_(self) -> None:
+        """Codes, scales and zeros in the order that is stored."""
+        arranged, self._arranged = self._arranged, None
+        if arranged is None:
+            return
+        with torch.inference_mode(False):
+            stored = self.packed_parts(arranged.rounded(None), self.spec)
+        for name in ("codes", "scales", "zeros"):
+            if self._buffers[name] is getattr(arranged, name):
+                self._buffers[name] = stored.get(name)
+
+    def __getattr__(self, name: str):
+        if name in ("codes", "scales", "zeros"):
+            self.restore_()
+        return super().__getattr__(name)
+
+    def __getstate__(self) -> dict:
+        self.restore_()
+        return self.__dict__.copy()
+
+    def _save_to_state_dict(self, *args, **kwargs) -> None:
+        self.restore_()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self.restore_()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def rounded(self) -> grids.Rounded:
         """What is stored, one code per weight."""
@@ -98,7 +157,7 @@ class PackedLinear(nn.Linear):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """A dense copy of the weight, (out_features, in_features)."""
-        if not len(self.codes):
+        if not self.out_features:
             return torch.empty(0, self.in_features, dtype=dtype, device=self.codes.device)
         return torch.cat([self.dequantize_rows(rows, dtype) for rows in self.tiles()])
 
@@ -108,6 +167,15 @@ class PackedLinear(nn.Linear):
     def dequantize_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
         spec, wide = self.spec, torch.float64 if dtype == torch.float64 else torch.float32
         width = code_width(spec)
+        if arranged := self.arranged():
+            values = arranged.codes_of(rows).to(wide)
+            values = values.mul_(2).sub_(1) if spec.grid == "binary" else values.add_(lowest(spec))
+            scales = grids.decode(
+                arranged.by_row(arranged.scales, rows), None if self.steps is None else self.steps[rows]
+            )
+            zeros = None if arranged.zeros is None else arranged.by_row(arranged.zeros, rows)
+            grids.scale_(values, scales, zeros, group_size=spec.group_size)
+            return values.to(dtype)
         if signed_bytes(spec):
             values = self.codes[rows].to(wide)
         elif width not in packing.WORD_BITS:  # integers all
@@ -149,6 +217,7 @@ class PackedLinear(nn.Linear):
 
     def _apply(self, fn, recurse: bool = True):
         """`model.to(bfloat16)` must not touch the scales: the codes were chosen for their exact values."""
+        self.restore_()
         exact = {name: self._buffers[name] for name in ("scales", "steps") if self._buffers[name] is not None}
         super()._apply(fn, recurse)
         for name, tensor in exact.items():

@@ -10,7 +10,7 @@ last bit.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -102,6 +102,18 @@ class Stream:
                     hidden = scratch.get(f"hidden-{self.n_layers}", first, len(rows)).to(self.device)
                     logits = self._stage.after(rows, hidden).logits
                 yield logits
+
+    @contextmanager
+    def predicting(self, ids: Tensor, scratch: Scratch) -> Iterator[Callable[[int], Tensor]]:
+        """A function that gives the logits of any window, (1, length, vocabulary), after `forward` one by one."""
+        with self._residence.ends("after"):
+
+            def logits(window: int) -> Tensor:
+                with torch.no_grad():
+                    hidden = scratch.get(f"hidden-{self.n_layers}", window, 1).to(self.device)
+                    return self._stage.after(ids[window : window + 1], hidden).logits
+
+            yield logits
 
     def backward(
         self,
@@ -246,15 +258,20 @@ class Step:
         self._walk, self.index, self.layer = walk, index, layer
         self.batches = walk._batches  # number of the first window, token ids
 
-    def run(self, b: int) -> Tensor:
+    def run(self, b: int, *, gradients: bool = False) -> Tensor:
         """What the layer returns for batch number b, (batch, length, width). It may be changed by then."""
         first, rows = self.batches[b]
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             return self._walk._run(self.index, b, self._walk._get(f"hidden-{self.index}", first, len(rows)))
 
     def pass_on(self, b: int, hidden: Tensor) -> None:
         """What the next layer gets for batch number b."""
         self._walk._scratch.put(f"hidden-{self.index + 1}", self.batches[b][0], hidden)
+
+    def passed_on(self, b: int) -> Tensor:
+        """What `pass_on` was given for batch number b."""
+        first, rows = self.batches[b]
+        return self._walk._get(f"hidden-{self.index + 1}", first, len(rows))
 
     def pass_all_on(self) -> None:
         for b in range(len(self.batches)):

@@ -5,8 +5,8 @@ is measured in the same way.
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,11 @@ class Whole:
         """Nothing of `forward` is kept: the model runs again."""
         self.loaded()
         yield from self._logits(ids, batch_size)
+
+    @contextmanager
+    def predicting(self, ids: Tensor, scratch: Scratch) -> Iterator[Callable[[int], Tensor]]:
+        self.loaded()
+        yield lambda window: next(self._logits(ids[window : window + 1], 1))
 
     def backward(
         self,

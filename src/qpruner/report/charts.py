@@ -22,6 +22,7 @@ from qpruner.report.canvas import (
 )
 from qpruner.report.facts import Facts, bytes_text, label
 from qpruner.report.pruning import draw_fusion, draw_importance, draw_plan, draw_reconstruction
+from qpruner.report.rounding import draw_rounding, draw_tuning
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -320,6 +321,22 @@ CHARTS = {
         "Reconstruction is left out: this run refitted no linear.",
         lambda f: bool(f.reconstruction),
         draw_reconstruction,
+    ),
+    "rounding": Chart(
+        "What rounding lost",
+        "For each quantized linear, the square is the error of its output if weights are rounded to nearest on the "
+        "same grid, the circle that of the codes that were found with text, before anything was learned.",
+        "Errors of rounding are left out: this run rounded to nearest.",
+        lambda f: bool(f.rounding),
+        draw_rounding,
+    ),
+    "tuning": Chart(
+        "Codes learned from predictions",
+        "The line is the divergence from the original on the text that codes and scales are learned from, step by "
+        "step; diamonds are text that was held out.",
+        "This curve is left out: this run learned no codes.",
+        lambda f: f.tuning is not None and bool(f.tuning.curve),
+        draw_tuning,
     ),
     "information": Chart(
         "Mutual information",

@@ -206,6 +206,42 @@ class Fusion(Value):
     curve: tuple[float, ...] = ()
 
 
+class LossPoint(Value):
+    """Training loss, nats per token, of one step's batch."""
+
+    step: int
+    loss: float
+
+
+class RoundedLinear(Value):
+    """A linear whose codes were found with text. Errors are squared, of its output, over that of the target.
+
+    spec: how it is stored. damping: of the least squares that moved its weight before; None where it stayed.
+    error_nearest: rounded to nearest on the same grid. error: as it ships, before anything was learned.
+    tokens: that it was rounded for.
+    """
+
+    linear: str
+    layer: int
+    spec: str
+    damping: float | None
+    condition: float
+    error_nearest: float
+    error: float
+    tokens: int
+
+
+class Tuning(Value):
+    """Codes learned from predictions: divergence from the original in nats per token, held out and learned from.
+
+    Where `after` is not below `before`, the codes stayed as they were.
+    """
+
+    before: float
+    after: float
+    curve: tuple[LossPoint, ...]
+
+
 class Refitted(Value):
     """A linear that lost inputs. Errors are squared, over that of the target, on held-out calibration tokens.
 
@@ -257,13 +293,6 @@ class Search(Value):
             lowest = trial.loss if trial.loss < lowest else lowest
             best.append(lowest)
         return tuple(best)
-
-
-class LossPoint(Value):
-    """Training loss, nats per token, of one step's batch."""
-
-    step: int
-    loss: float
 
 
 class AdapterStart(Value):
@@ -318,6 +347,8 @@ class Facts(Value):
     importance: tuple[Importance, ...] = ()
     fusion: Fusion | None = None
     reconstruction: tuple[Refitted, ...] = ()
+    rounding: tuple[RoundedLinear, ...] = ()
+    tuning: Tuning | None = None
     information: tuple[Information, ...] = ()
     sensitivities: tuple[Sensitivity, ...] = ()
     search: Search | None = None

@@ -108,6 +108,24 @@ def _reconstruction(facts: Facts) -> Numbers:
     return Numbers(_sentence(said), head, rows)
 
 
+def _rounding(facts: Facts) -> Numbers:
+    known = [r for r in facts.rounding if r.tokens and r.error_nearest]
+    rows = [(r.linear, r.spec, r.damping, r.error_nearest, r.error, r.tokens) for r in facts.rounding]
+    said = [f"{len(known)} of {len(rows)} quantized linears were rounded for the inputs that they get"]
+    if known:
+        gone = sum(1 - r.error / r.error_nearest for r in known) / len(known)
+        said.append(f"on the mean {gone:.0%} of the squared error of rounding to nearest is gone")
+    return Numbers(_sentence(said), ("linear", "stored as", "damping", "error, nearest", "error", "tokens"), rows)
+
+
+def _tuning(facts: Facts) -> Numbers:
+    t = facts.tuning
+    said = [f"divergence from the original on held-out calibration text from {t.before:.4f} to {t.after:.4f}"]
+    if t.after >= t.before:
+        said.append("that is no gain, so codes and scales stayed as rounding found them")
+    return Numbers(_sentence(said), ("step", "divergence, nats/token"), [(p.step, p.loss) for p in t.curve])
+
+
 def _information(facts: Facts) -> Numbers:
     rows = [(r.unit, r.nats, r.null_mean, r.null_std, r.z) for r in facts.information]
     most = max(facts.information, key=lambda r: r.nats)
@@ -176,6 +194,8 @@ NUMBERS = {
     "importance": _importance,
     "fusion": _fusion,
     "reconstruction": _reconstruction,
+    "rounding": _rounding,
+    "tuning": _tuning,
     "information": _information,
     "sensitivities": _sensitivities,
     "search": _search,
@@ -184,7 +204,7 @@ NUMBERS = {
     "loftq": _loftq,
 }
 SECTIONS = (
-    ("What was cut and rounded", ("plan", "importance", "fusion", "reconstruction")),
+    ("What was cut and rounded", ("plan", "importance", "fusion", "reconstruction", "rounding", "tuning")),
     ("What the layers carry", ("information", "sensitivities")),
     ("The search", ("search", "pareto")),
     ("Recovery", ("recovery", "loftq")),

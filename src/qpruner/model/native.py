@@ -1,0 +1,77 @@
+"""Products of few tokens with any 4-bit code book, compiled for this machine where it has AVX-512 and a C compiler.
+
+torch has no product for code books whose values are not evenly spaced, and none of 4 bits for float32 inputs. Here
+codes stay in their order, and results are as exact as float32 sums. Without a compiler nothing is lost but speed.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from qpruner.math.books import book
+from qpruner.plan import QuantSpec
+
+SOURCE = Path(__file__).with_suffix(".c")
+BLOCK = 32  # codes looked up together; groups are whole blocks
+FLAGS = ("-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mf16c", "-mfma", "-fopenmp", "-shared", "-fPIC")
+SWITCH = "QPRUNER_NATIVE"  # "0" in the environment: no compiler is run
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled products, made once per process."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None or os.environ.get(SWITCH) == "0" or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return None
+    with tempfile.TemporaryDirectory(prefix="qpruner-") as folder:
+        built = Path(folder) / "products.so"
+        command = [compiler, *FLAGS, "-o", str(built), str(SOURCE)]
+        try:
+            if subprocess.run(command, capture_output=True, timeout=60).returncode:
+                return None
+            # torch's own threads: the name of its OpenMP library is the one that this asks for.
+            found = ctypes.CDLL(str(built))
+        except (subprocess.TimeoutExpired, OSError):  # a folder that nothing may be run from, for instance
+            return None
+    size, pointer = ctypes.c_int64, ctypes.c_void_p
+    found.product.argtypes = [size, *[pointer] * 7, *[size] * 4]
+    found.product.restype = None
+    return found
+
+
+def fits(spec: QuantSpec) -> bool:
+    whole_blocks = spec.group_size is None or spec.group_size % BLOCK == 0
+    return spec.bits == 4 and spec.scale_bits == 16 and whole_blocks
+
+
+@cache
+def values(spec: QuantSpec) -> Tensor:
+    return book(spec).float()
+
+
+def product(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec) -> Tensor:
+    """x @ W.T in float32 for x of (tokens, d_in).
+
+    Args:
+        codes: as they are packed. zeros: one to a byte.
+    """
+    n, d_in = x.shape
+    group = spec.group_size or -(-d_in // BLOCK) * BLOCK
+    columns = -(-d_in // group) * group
+    wide = pad(x.float(), (0, columns - d_in))
+    sums = wide.view(n, -1, group).sum(-1)
+    apart = wide.view(n, -1, BLOCK // 2, 2).transpose(2, 3).contiguous()
+    y = torch.empty(n, len(codes))
+    parts = [apart, sums, codes, scales, zeros, values(spec), y]
+    parts = [None if part is None else part.contiguous() for part in parts]  # kept until the call is over
+    pointers = [None if part is None else part.data_ptr() for part in parts]
+    library().product(n, *pointers, columns, codes.shape[1], group, len(codes))
+    return y
