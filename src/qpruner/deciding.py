@@ -130,6 +130,7 @@ def measure_layers(job: Job, kept: dict) -> list[dict]:
         windows=digest_of(windows.tolist()),
         estimator=estimator,
         unit=job.recipe.bit_unit,
+        **job.basis,
     )
     with job.scratch("information", inputs) as scratch:
         return job.run.values(
@@ -179,7 +180,7 @@ def _quantized_inputs(job: Job, kept: dict, **facts) -> dict:
         kept=kept, layers=job.shape.layers, unit=job.recipe.bit_unit,
         specs=[job.recipe.spec(bits).model_dump() for bits in job.recipe.bits], ranges=plan.rounding.ranges,
         ranks=plan.adapter_ranks, loftq=[plan.recovery.loftq_iterations, plan.recovery.adapter_alpha],
-        windows=digest_of(job.prepared.search.ids.tolist()), **facts,
+        windows=digest_of(job.prepared.search.ids.tolist()), **job.basis, **facts,
     )  # fmt: skip
 
 

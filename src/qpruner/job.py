@@ -10,12 +10,15 @@ import torch
 from qpruner import __version__
 from qpruner.artifact.opened import open_stream
 from qpruner.model import depth, load
+from qpruner.model.discover import discover
 from qpruner.model.graph import Graph
+from qpruner.model.rotate import Rotated, Turn
 from qpruner.model.scratch import Scratch
 from qpruner.model.skeleton import build_skeleton
 from qpruner.model.stream import Pace
 from qpruner.model.surgery import add_biases_, narrow_
-from qpruner.model.tensors import Cut, Named, Renamed, Replaced, Stored, Zeros
+from qpruner.model.tensors import Cut, Named, Renamed, Replaced, Stored, Tensors, Zeros
+from qpruner.model.turning import turn_of
 from qpruner.model.whole import Streamable, opened
 from qpruner.plan import Plan
 from qpruner.prepare import Prepared
@@ -65,10 +68,20 @@ class Job:
         graph = self.graph if self.shape.layers is None else None
         return open_stream(self.shape.source, graph=graph, dtype=self.precision, **self.where())
 
+    def original_beside(self) -> Streamable:
+        """The original, in the basis of the pruned model, to walk beside it."""
+        if not self.basis:
+            return self.original()
+        source = self.shape.source
+        model = build_skeleton(source.config, trust_remote_code=source.trust_remote_code)
+        graph = self.graph if self.shape.layers is None else discover(model)
+        tensors = self._turned(Named(model, Stored.of(source.folder)), turn_of(model, graph))
+        return opened(model, tensors, graph, dtype=self.precision, **self.where())
+
     def pruned(self, kept: Mapping, dtype: torch.dtype = torch.float32) -> Streamable:
         """The model of the layers and units that stay, its weights cut from the original's as they are read.
 
-        Those that were refitted are read instead; until then added biases are zero.
+        Those that were refitted or rescaled are read instead; until then added biases are zero.
         """
         source, layers = self.shape.source, self.shape.layers
         trust = {"trust_remote_code": source.trust_remote_code}
@@ -77,13 +90,24 @@ class Job:
         whole = Renamed(
             Named(original, Stored.of(source.folder)), depth.original_names(self.graph, layers, model.state_dict())
         )
+        turn = turn_of(model, self.graph) if self.basis else None
         narrow_(model, self.graph, kept)
         add_biases_(model, added := self.plan(kept, 16).added_biases)
         zeros = {f"{name}.bias": model.get_submodule(name).bias.shape for name in added}
         refitted = Stored(sorted(self.refitted.glob("*.safetensors")) if self.refitted else [])
         tensors = Replaced(Cut(whole, self.graph, kept), Zeros(zeros), zeros)
-        tensors = Replaced(tensors, refitted, refitted.places)
+        tensors = Replaced(self._turned(tensors, turn), refitted, refitted.places)
+        if codes := self.codes():
+            tensors = Replaced(tensors, codes, codes.places.keys() & model.state_dict().keys())
         return opened(model, tensors, self.graph, dtype=dtype, **self.where())
+
+    def _turned(self, tensors: Tensors, turn: Turn | None) -> Tensors:
+        return tensors if turn is None else Rotated(tensors, turn, self.prepared.seed)
+
+    @property
+    def basis(self) -> dict:
+        """What stages that look at the pruned model depend on if its hidden states are rotated; empty if not."""
+        return {"transforms": ["rotate"]} if "rotate" in self.recipe.transforms else {}
 
     def codes(self) -> Stored | None:
         """What the quantized linears store, if that was found with text."""

@@ -196,7 +196,7 @@ class Rounding(Value):
     @property
     def needs_text(self) -> bool:
         """Whether calibration text goes through the model for it."""
-        return self.method != "nearest" or bool(self.layer_steps or self.network_steps)
+        return self.method != "nearest" or "rescale" in self.transforms or bool(self.layer_steps or self.network_steps)
 
 
 class Plan(Value):

@@ -17,6 +17,7 @@ from qpruner.model.pystdlib import BUNDLED_NAME
 from qpruner.model.residual import fault_of
 from qpruner.model.skeleton import build_skeleton
 from qpruner.model.surgery import add_biases_, narrow_
+from qpruner.model.turning import turn_of
 from qpruner.plan import UNITS_BYTES, Budget
 from qpruner.recipe import Recipe
 from qpruner.shape import Shape, any_layers, forecast_for, layers_for, needs_all_in_memory, shape_of, widths_for
@@ -82,6 +83,13 @@ def check_rounding(shape: Shape, recipe: Recipe) -> None:
             f"recipe {recipe.name!r} merges trained adapters into weights of {recipe.bits[0]} bits, which are then "
             f"rounded to nearest again: that undoes what its rounding gains. Set adapters to beside, or steps to 0."
         )
+
+
+def check_transforms(shape: Shape, recipe: Recipe) -> None:
+    """Refuse to rotate hidden states where the model would not stay what it is: it is tried without weights."""
+    if "rotate" in recipe.transforms:
+        config = depth.shortened_config(shape.source.config, shape.layers)
+        turn_of(build_skeleton(config, trust_remote_code=shape.source.trust_remote_code), shape.graph)
 
 
 def limit_of(budget: Budget, source: load.Source) -> int:
@@ -174,6 +182,7 @@ def prepare(
     limit = limit_of(parsed, source)
     fewer = any_layers(shape, recipe, limit)
     check_residual(fewer, recipe)
+    check_transforms(fewer, recipe)
     counts = widths_for(fewer, recipe, limit)
     check_reconstruction(fewer, recipe, counts)
     check_rounding(fewer, recipe)

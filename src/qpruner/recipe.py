@@ -178,6 +178,10 @@ class Recipe(Value):
                 "LoftQ finds codes and adapters together, by rounding to nearest: with another rounding set "
                 "loftq_iterations or adapter_rank to 0"
             )
+        if "rescale" in self.transforms and self.network_steps:
+            raise ValueError("rescale changes weights that network_steps would go on from: leave one of them out")
+        if "rotate" in self.transforms and "residual" in self.units:
+            raise ValueError("rotate turns the hidden states as a whole: leave residual out of units")
         if not self.units or len(set(self.units)) < len(self.units):
             raise ValueError("units must be different kinds, one at least, for instance [kv_group, channel]")
         if self.scope == "global" and self.selection == "llm-pruner":

@@ -26,7 +26,7 @@ def reconstructed(job: Job, kept: widths.Kept) -> tuple[Job, list[dict]]:
     windows = job.prepared.calibration.ids
     inputs = job.inputs(
         kept=kept, layers=job.shape.layers, reconstruction=plan.reconstruction.model_dump(mode="json"),
-        added_biases=plan.added_biases, windows=digest_of(windows.tolist()),
+        added_biases=plan.added_biases, windows=digest_of(windows.tolist()), **job.basis,
     )  # fmt: skip
     with job.scratch("reconstruction", inputs) as ours, job.scratch("reconstruction-original", inputs) as theirs:
 
@@ -65,7 +65,7 @@ def _refit(
     on_layer: OnLayer | None,
 ) -> None:
     results = reconstruct(
-        job.original(), job.pruned(kept, job.precision), job.graph, job.plan(kept, 16), windows,
+        job.original_beside(), job.pruned(kept, job.precision), job.graph, job.plan(kept, 16), windows,
         dtype=job.stored_dtype, scratches=scratches, on_layer=on_layer,
     )  # fmt: skip
     write_results(results, folder, facts_of)

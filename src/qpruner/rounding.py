@@ -33,7 +33,7 @@ def rounded(job: Job, plan: Plan) -> tuple[Job, list[dict]]:
 
         def compute(folder: Path) -> None:
             settings = plan.rounding
-            original = job.original() if settings.propagation or settings.layer_steps else None
+            original = job.original_beside() if settings.propagation or settings.layer_steps else None
             results = round_(
                 original, job.pruned(plan.kept, job.precision), job.graph, plan, windows, dtype=job.stored_dtype,
                 scratches=(theirs, ours), on_layer=job.progress("rounding"),

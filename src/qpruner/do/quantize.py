@@ -14,6 +14,7 @@ from qpruner.math import loftq
 from qpruner.model import adapters
 from qpruner.model.graph import Graph, LinearSite
 from qpruner.model.quantized import Quantized, packed, stored
+from qpruner.model.surgery import refill_
 from qpruner.model.tensors import Stored
 from qpruner.plan import Plan, QuantSpec
 
@@ -68,7 +69,15 @@ class Candidates:
             adapters.set_adapter_weights_(self._model, factors)
 
     def put_stored_(self, specs: Mapping[str, QuantSpec], codes: Stored) -> None:
-        """Have the quantized linears that stand there store other codes; adapters start anew."""
+        """Have the quantized linears that stand there store other codes; adapters start anew.
+
+        codes: may have other tensors of the model, which take the place of its own.
+        """
+        modules = dict(self._model.named_modules()) | self._dense
+        for name in codes.places:
+            path, _, attribute = name.rpartition(".")
+            if path in modules and modules[path]._parameters.get(attribute) is not None:
+                refill_(modules[path], **{attribute: codes.read(name)})
         for name, spec in specs.items():
             if spec.bits < 16:
                 dense, site = self._dense[name], self._graph.linears[name]

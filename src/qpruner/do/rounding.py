@@ -17,6 +17,7 @@ from torch import Tensor
 from qpruner.do.fused import Fused, by_name, fused_in
 from qpruner.do.junction import Junction, inputs_of
 from qpruner.do.replay import End, Replay, ends_of
+from qpruner.do.rescale import rescale_
 from qpruner.do.walk import FACTS, in_order, n_fitted, side_by_side
 from qpruner.math import propagation
 from qpruner.math.least_squares import Moments, Pairs
@@ -139,7 +140,9 @@ class _Layer:
         border: int,
         dtype: torch.dtype,
     ):
-        self._theirs, self._ours, self._rounding = theirs, ours, plan.rounding
+        self._theirs, self._ours, self._graph, self._plan = theirs, ours, graph, plan
+        self._rounding = plan.rounding
+        self._outputs: dict[str, Tensor] = {}  # of what linears give: so many times what it was before it was rescaled
         self._rows, self._border, self._dtype = rows, border, dtype
         self._fused = {fused.first: fused for fused in fused_in(ours.layer, ours.index, graph, plan.specs)}
 
@@ -153,6 +156,7 @@ class _Layer:
 
     def rounded(self, structure: _Structure, tune: Tune | None) -> dict[str, Tensor]:
         """The layer's result; both models have gone on to the next."""
+        changed = self._rescaled()
         before = {} if tune is None else {inner: W for each in self._fused.values() for inner, _, W in each.linears}
         with ExitStack() as stack:
             ours = stack.enter_context(Replay(self._ours, structure.ends))
@@ -164,7 +168,16 @@ class _Layer:
                 ours.forget()
                 made = self._tuned(tune, made, before)
             ours.pass_all_on()
-        return facts | by_name(list(self._fused.values()), made, self._dtype)
+        return facts | changed | by_name(list(self._fused.values()), made, self._dtype)
+
+    def _rescaled(self) -> dict[str, Tensor]:
+        """Tensors besides those of quantized linears that are other ones now, by name."""
+        if "rescale" not in self._rounding.transforms or not self._fused:
+            return {}
+        done = rescale_(self._ours, self._graph, self._plan, self._rows, self._dtype)
+        self._outputs = done.outputs
+        path = self._graph.layers[self._ours.index]
+        return {f"{path}.{name}": tensor.to(self._dtype) for name, tensor in done.changed.items()}
 
     def _tuned(self, tune: Tune, made: Mapping[str, Quantized], before: Mapping[str, Tensor]) -> dict[str, Quantized]:
         dense = {inner: self._ours.layer.get_submodule(inner) for inner in made}
@@ -246,7 +259,9 @@ class _Layer:
         fixed = 0 if fused.b is not None else fused.constant  # a bias that all of them have moves
         if junction.place is None:
             whole = Fused(theirs.layer, fused.sites, fused.spec)
-            return self._of_inputs(theirs, ours, fused.first, whole.W[kept], whole.constant[kept] - fixed)
+            factors = self._factors(fused)
+            W, constant = whole.W[kept] * factors[:, None], whole.constant[kept] * factors - fixed
+            return self._of_inputs(theirs, ours, fused.first, W, constant)
         parts = [Moments(W.shape[1], W.shape[0], W.device) for _ in range(2)]
         for b, (first, rows) in enumerate(ours.batches):
             own, aim = (junction.look(walk, b, later) for walk in (ours, theirs))
@@ -267,3 +282,7 @@ class _Layer:
             pairs = pairs or [Pairs(X.shape[1], Z.shape[1], X.device) for _ in range(2)]
             pairs[first >= self._border].add_(X, Z)
         return pairs[0].moments(W, constant), pairs[1].moments(W, constant)
+
+    def _factors(self, fused: Fused) -> Tensor:
+        """Of the outputs of a set, what rescaling made of them."""
+        return torch.cat([self._outputs.get(inner, torch.ones(len(W))).to(W) for inner, _, W in fused.linears])

@@ -13,7 +13,7 @@ exactly zero gradient on rows of another that it does not depend on.
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -53,6 +53,7 @@ class Recording:
     taken: the hidden states that each decoder layer is given. received: what else. outputs: the ones it returns.
     extras: other tensors that layers returned. handed: layers that were given one of those.
     embeddings: what the first layer's hidden states are made of, if the model runs on that. ends: what the head reads.
+    change: of the answers that are given, by the name of a linear or stack; none unless somebody runs the copy again.
     """
 
     layers: tuple[str, ...]
@@ -70,6 +71,7 @@ class Recording:
     handed: list[str] = field(default_factory=list)
     embeddings: Tensor | None = None
     ends: list[Tensor] = field(default_factory=list)
+    change: Callable[[str | None, Tensor], Tensor] = lambda name, answer: answer
 
     def answer(self, product: Product) -> Tensor:
         if product.expert is not None:
@@ -81,7 +83,7 @@ class Recording:
         if product.name in self.watched and x.numel():
             use = self.uses.setdefault(product.name, Use(product))
             use.calls[expert].append((x, leaf))
-        return leaf.clone()  # in-place code may follow
+        return self.change(product.name, leaf.clone())  # in-place code may follow
 
     def values_of(self, name: str | None, shape: torch.Size) -> Tensor:
         """One number for all of a weight is enough to see what depends on it."""
