@@ -106,6 +106,30 @@ def test_the_network_comes_nearer_to_the_original(spec, monkeypatch):
     assert float(found) == pytest.approx(tuned.after, rel=0.1)
 
 
+def test_an_interrupted_process_is_gone_on_with_to_the_same_end(tmp_path):
+    model, _ = quantized_model(SPECS[0])
+    how = dict(steps=20, batch_size=2, held_out=0.25, seed=0)
+
+    class Killed(Exception):
+        pass
+
+    def kill(step: int, *rest) -> None:
+        if step == 12:
+            raise Killed
+
+    whole, again = quantized_model(SPECS[0])[1], quantized_model(SPECS[0])[1]
+    expected = tune_network_(whole, predictions(model), IDS, **how)
+    with pytest.raises(Killed):
+        tune_network_(again, predictions(model), IDS, **how, kept=Scratch(tmp_path), on_step=kill)
+    seen = []
+    again = quantized_model(SPECS[0])[1]
+    found = tune_network_(
+        again, predictions(model), IDS, **how, kept=Scratch(tmp_path), on_step=lambda step, *_: seen.append(step)
+    )
+    assert seen == list(range(11, 21)) and found == expected
+    assert all(torch.equal(t, whole.state_dict()[name]) for name, t in again.state_dict().items())
+
+
 def test_what_does_not_help_on_held_out_windows_is_undone(monkeypatch):
     model, rounded = quantized_model(SPECS[0])
     before = {name: t.clone() for name, t in rounded.state_dict().items()}

@@ -58,16 +58,18 @@ def tuned(job: Job, plan: Plan, model: nn.Module, candidates: Candidates) -> tup
 
     def compute(folder: Path) -> None:
         original, scratch, settings = job.original(), Scratch(), plan.rounding
+        kept = Scratch(job.passes / f"tuning-{digest_of(inputs)[:16]}")
         original.forward(windows, scratch, on_layer=job.progress("predictions"))  # one by one
         with original.predicting(windows, scratch) as predictions:
             found = tune_network_(
                 model, predictions, windows, steps=settings.network_steps, batch_size=settings.tuning_batch,
                 held_out=settings.held_out, seed=plan.seed, weights=candidates.weights(),
-                on_step=job.progress("tuning"),
+                on_step=job.progress("tuning"), kept=kept,
             )  # fmt: skip
         vectors = {name: p.detach() for name, p in vectors_of(model).items()}
         save_file(candidates.stored(plan.specs) | vectors, folder / "tuned.safetensors")
         (folder / CURVE).write_text(json.dumps(asdict(found)) + "\n")
+        kept.clear()
 
     folder = job.run.files("tuning", inputs, compute)
     job = replace(job, rounded=folder, rounded_from=digest_of(inputs))

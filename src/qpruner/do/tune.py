@@ -24,12 +24,14 @@ from qpruner.do.walk import n_fitted
 from qpruner.math.straight import mean_gap
 from qpruner.model.learned import LearnedLinear, learnable, vectors_of
 from qpruner.model.quantized import Quantized
+from qpruner.model.scratch import Scratch
 from qpruner.model.stream import Step
 from qpruner.plan import Plan
 
 # Adam's. Latents in steps between values of the grid, over the number of inputs: all of them may move one way, and the
 # output is then to move as far in a wide linear as in a narrow one (the rule of arXiv:2203.03466 for Adam).
 LATENTS_RATE, GROWTHS_RATE, VECTORS_RATE = 1.28, 1e-3, 2e-3
+STATE, KEPT_EVERY = "state", 5  # points of the curve, of which there are 50
 LOGITS_AT_ONCE = 2**24  # elements, of either model
 WARMUP = 0.05  # of the steps
 
@@ -60,6 +62,7 @@ def tune_network_(
     seed: int,
     weights: Mapping[str, Tensor] | None = None,
     on_step: OnStep | None = None,
+    kept: Scratch | None = None,
 ) -> Tuned:
     """Learn every packed linear, and every vector besides (norms, biases), by the divergence from the original.
 
@@ -67,6 +70,7 @@ def tune_network_(
         predicting: the original's logits for a window by its number, (1, length, vocabulary).
         windows: (n, length) token ids, two at least.
         weights: what packed linears stand for, by name, where it is known.
+        kept: where the state is kept from time to time; an interrupted process is gone on with from there.
     """
     n_learned = n_fitted(len(windows), held_out)
     at_once = max(1, LOGITS_AT_ONCE // predicting(0).numel())
@@ -89,7 +93,7 @@ def tune_network_(
         originals = [p.detach().clone() for p in vectors]
         tuned = _descend(
             learned, vectors, divergence, steps=steps, batch_size=batch_size, n_learned=n_learned,
-            held_out=torch.arange(n_learned, len(windows)), seed=seed, on_step=on_step,
+            held_out=torch.arange(n_learned, len(windows)), seed=seed, on_step=on_step, kept=kept,
         )  # fmt: skip
         if not tuned.helped:
             for p, original in zip(vectors, originals, strict=True):
@@ -189,6 +193,7 @@ def _descend(
     held_out: Tensor,
     seed: int,
     on_step: OnStep | None,
+    kept: Scratch | None = None,
 ) -> Tuned:
     """loss_of: of so many numbers of windows or batches; calls backward itself where gradients are asked for."""
     linears = learned.linears.values()
@@ -197,32 +202,62 @@ def _descend(
         (GROWTHS_RATE, [linear.growths for linear in linears]),
         (VECTORS_RATE, vectors),
     ]
+    groups = [(rate, some) for rate, some in groups if some]
     parameters = [p for _, some in groups for p in some]
-    optimizer = torch.optim.Adam([{"params": some, "lr": rate} for rate, some in groups if some], betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, steps))
-    every = max(1, steps // 50)
-    curve, recent = [], []
+    optimizer = torch.optim.Adam([{"params": some, "lr": rate} for rate, some in groups], betas=(0.9, 0.99))
+    every, curve, recent = max(1, steps // 50), [], []
+    begun = 0 if kept is None else _resumed(kept, parameters, optimizer, curve)
     with torch.no_grad():
-        before = float(loss_of(held_out))
+        before = float(loss_of(held_out)) if not begun else float(kept.result(STATE)["before"])
     with torch.inference_mode(False), torch.enable_grad():
         for p in parameters:
             p.requires_grad_(True)
         for step, numbers in zip(range(1, steps + 1), shuffled(n_learned, batch_size, seed), strict=False):
+            if step <= begun:
+                continue
+            for (rate, _), group in zip(groups, optimizer.param_groups, strict=True):
+                group["lr"] = rate * rate_at(step - 1, steps)
             optimizer.zero_grad()
             recent.append(float(loss_of(numbers)))
             optimizer.step()
-            schedule.step()
-            if step % every == 0 or step == steps:
-                curve.append((step, sum(recent) / len(recent)))
-                recent = []
-                if on_step is not None:
-                    on_step(step, steps, curve[-1][1])
+            if step % every and step < steps:
+                continue
+            curve.append((step, sum(recent) / len(recent)))
+            recent = []
+            if kept is not None and len(curve) % KEPT_EVERY == 0:
+                kept.finish(STATE, _state(parameters, optimizer, curve) | {"before": torch.tensor(before).double()})
+            if on_step is not None:
+                on_step(step, steps, curve[-1][1])
         for p in parameters:
             p.requires_grad_(False)
             p.grad = None
     with torch.no_grad():
         after = float(loss_of(held_out))
     return Tuned(before, after, tuple(curve))
+
+
+def _state(
+    parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, curve: list[tuple[int, float]]
+) -> dict[str, Tensor]:
+    """All that another process needs to go on."""
+    found = {"curve": torch.tensor(curve, dtype=torch.float64)}
+    for i, p in enumerate(parameters):
+        found |= {f"{i}.{key}": value for key, value in optimizer.state[p].items()} | {f"{i}.parameter": p}
+    return found
+
+
+def _resumed(
+    kept: Scratch, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, curve: list[tuple[int, float]]
+) -> int:
+    """Puts back what an earlier process had; the number of steps that it had done."""
+    if not kept.finished(STATE):
+        return 0
+    state = kept.result(STATE)
+    curve += [(int(step), loss) for step, loss in state["curve"].tolist()]
+    for i, p in enumerate(parameters):
+        p.data.copy_(state[f"{i}.parameter"])
+        optimizer.state[p] = {key: state[f"{i}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+    return curve[-1][0]
 
 
 def rate_at(step: int, steps: int) -> float:
