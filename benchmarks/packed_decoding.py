@@ -77,7 +77,7 @@ def measure_peer(name: str, d_out: int, d_in: int, tokens: list[int]) -> list[di
 
 def ours():
     """Name -> (spec, the functions beside the one that the layer chooses)."""
-    from qpruner.model import packed_products as products
+    from qpruner.model.packed import products
     from qpruner.plan import INT8, NF4, QuantSpec
 
     integer = lambda bits, group, **kw: QuantSpec(bits=bits, grid="integer", group_size=group, **kw)
@@ -103,7 +103,7 @@ def ours():
 
 
 def measure_ours(d_out: int, d_in: int, tokens: list[int], only: list[str]) -> list[dict]:
-    from qpruner.model.packed import PackedLinear
+    from qpruner.model.packed.linear import PackedLinear
 
     W, dense, rows = torch.randn(d_out, d_in) * 0.02, dense_linears(d_out, d_in), []
     source, target = (torch.empty(CACHE_BYTES, dtype=torch.uint8) for _ in range(2))

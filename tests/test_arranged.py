@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from qpruner.model import arranged, packed_products
-from qpruner.model.arranged import Arranged
-from qpruner.model.packed import PackedLinear
+from qpruner.model.packed import arranged
+from qpruner.model.packed import products as packed_products
+from qpruner.model.packed.arranged import Arranged
+from qpruner.model.packed.linear import PackedLinear
 from qpruner.plan import INT8, NF4, QuantSpec
 
 INTEGERS = [

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from qpruner.errors import PlanError
 from qpruner.model import adapters, cost
 from qpruner.model.graph import Graph, Group, LinearSite
-from qpruner.model.packed import PackedLinear
+from qpruner.model.packed.linear import PackedLinear
 from qpruner.model.tensors import write_safetensors
 from qpruner.plan import DENSE, INT8, NF4, Plan, QuantSpec
 

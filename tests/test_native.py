@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from qpruner.model import native, packed_products
-from qpruner.model.packed import PackedLinear
+from qpruner.model.packed import native
+from qpruner.model.packed import products as packed_products
+from qpruner.model.packed.linear import PackedLinear
 from qpruner.plan import NF4, QuantSpec
 
 SPECS = [

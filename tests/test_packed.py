@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from qpruner.errors import ModelError, PlanError
 from qpruner.math import grids, loftq
 from qpruner.model import adapters, cost
-from qpruner.model.packed import PackedLinear
+from qpruner.model.packed.linear import PackedLinear
 from qpruner.plan import INT8, NF4
 
 SHAPES = [(12, 70), (5, 33), (1, 1)]

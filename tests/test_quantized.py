@@ -9,12 +9,13 @@ from specs import EVERY
 from torch import nn
 
 from qpruner.errors import PlanError
-from qpruner.model import adapters, cost, quantized
+from qpruner.model import adapters, cost
 from qpruner.model.check import check_fused, check_salient
 from qpruner.model.graph import Graph, LinearSite, Projection
-from qpruner.model.packed import PackedLinear
-from qpruner.model.packed_products import integer_arithmetic, rounded_tokens
-from qpruner.model.quantized import SplitLinear, packed
+from qpruner.model.packed import split as quantized
+from qpruner.model.packed.linear import PackedLinear
+from qpruner.model.packed.products import integer_arithmetic, rounded_tokens
+from qpruner.model.packed.split import SplitLinear, packed
 from qpruner.plan import INT8, NF4, QuantSpec
 
 SALIENT = [s.model_copy(update={"salient": 3, "salient_bits": 4 if s.bits < 4 else 8}) for s in EVERY if s.bits < 8]

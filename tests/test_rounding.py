@@ -9,7 +9,7 @@ from tiny_stream import streamed
 from qpruner.do.junction import Junction
 from qpruner.do.rounding import FACTS, facts_of, round_
 from qpruner.model.discover import discover
-from qpruner.model.quantized import stored
+from qpruner.model.packed.split import stored
 from qpruner.model.scratch import Scratch
 from qpruner.model.skeleton import build_skeleton
 from qpruner.model.stream import Stream

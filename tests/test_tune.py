@@ -10,9 +10,9 @@ from qpruner.do.tune import Learned, kl, learning, rate_at, shuffled, tune_layer
 from qpruner.math import grids
 from qpruner.math.books import book
 from qpruner.math.straight import Snap, latents_near, on_grid
-from qpruner.model.learned import LearnedLinear, learnable
-from qpruner.model.packed import PackedLinear
-from qpruner.model.quantized import packed
+from qpruner.model.packed.learned import LearnedLinear, learnable
+from qpruner.model.packed.linear import PackedLinear
+from qpruner.model.packed.split import packed
 from qpruner.model.scratch import Scratch
 from qpruner.plan import QuantSpec
 from qpruner.testing.tiny import tiny_config, tiny_model

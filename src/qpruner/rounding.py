@@ -13,7 +13,7 @@ from qpruner.do.rounding import facts_of, round_
 from qpruner.do.tune import layer_tuner, tune_network_
 from qpruner.do.walk import read_facts, write_results
 from qpruner.job import Job
-from qpruner.model.learned import vectors_of
+from qpruner.model.packed.learned import vectors_of
 from qpruner.model.scratch import Scratch
 from qpruner.plan import Plan
 from qpruner.run import digest_of

@@ -13,12 +13,13 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from qpruner.artifact.config import QPrunerConfig
 from qpruner.errors import ModelError, listed
-from qpruner.model import adapters, quantized
+from qpruner.model import adapters
 from qpruner.model.check import check_plan
 from qpruner.model.discover import discover
 from qpruner.model.graph import Graph
+from qpruner.model.packed import split
+from qpruner.model.packed.storage import EXACT
 from qpruner.model.skeleton import build_skeleton
-from qpruner.model.storage import EXACT
 from qpruner.model.surgery import add_biases_, narrow_
 from qpruner.plan import Plan
 
@@ -89,7 +90,7 @@ def put_packed_(model: nn.Module, plan: Plan) -> None:
         if spec.bits < 16:
             linear = model.get_submodule(name)
             d_out, d_in = _shape(linear)
-            model.set_submodule(name, quantized.empty(d_out, d_in, linear.bias is not None, spec))
+            model.set_submodule(name, split.empty(d_out, d_in, linear.bias is not None, spec))
 
 
 def _shape(linear: nn.Module) -> tuple[int, int]:

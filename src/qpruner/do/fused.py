@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qpruner.model.graph import Graph, LinearSite
-from qpruner.model.quantized import Quantized
+from qpruner.model.packed.split import Quantized
 from qpruner.model.surgery import refill_
 from qpruner.plan import QuantSpec
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qpruner.math import loftq
 from qpruner.model import adapters
 from qpruner.model.graph import Graph, LinearSite
-from qpruner.model.quantized import Quantized, packed, stored
+from qpruner.model.packed.split import Quantized, packed, stored
 from qpruner.model.surgery import refill_
 from qpruner.model.tensors import Stored
 from qpruner.plan import Plan, QuantSpec

@@ -19,7 +19,7 @@ from qpruner.math.gram import add_gram_
 from qpruner.math.rescaling import spread
 from qpruner.model.graph import Graph, Group
 from qpruner.model.norms import offset_of
-from qpruner.model.quantized import packed
+from qpruner.model.packed.split import packed
 from qpruner.model.skeleton import linear_dims
 from qpruner.model.stream import Step
 from qpruner.model.surgery import refill_

@@ -23,7 +23,7 @@ from qpruner.math import propagation
 from qpruner.math.least_squares import Moments, Pairs
 from qpruner.model.graph import Graph
 from qpruner.model.memory import REFIT_TOKENS
-from qpruner.model.quantized import Quantized, assembled, packed
+from qpruner.model.packed.split import Quantized, assembled, packed
 from qpruner.model.scratch import Scratch
 from qpruner.model.stream import OnLayer, Results, Step, Stream
 from qpruner.model.surgery import remaining

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from qpruner.do.rounding import Tune
 from qpruner.do.walk import n_fitted
 from qpruner.math.straight import mean_gap
-from qpruner.model.learned import LearnedLinear, learnable, vectors_of
-from qpruner.model.quantized import Quantized
+from qpruner.model.packed.learned import LearnedLinear, learnable, vectors_of
+from qpruner.model.packed.split import Quantized
 from qpruner.model.scratch import Scratch
 from qpruner.model.stream import Step
 from qpruner.plan import Plan

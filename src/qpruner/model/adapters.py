@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qpruner.errors import ModelError, PlanError, listed
-from qpruner.model.quantized import Quantized, repacked
+from qpruner.model.packed.split import Quantized, repacked
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"

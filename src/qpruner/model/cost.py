@@ -15,7 +15,7 @@ from torch import nn
 from qpruner.errors import PlanError, listed
 from qpruner.model.check import check_fused, check_salient
 from qpruner.model.graph import Graph, LinearSite, Stack
-from qpruner.model.storage import stored_parts
+from qpruner.model.packed.storage import stored_parts
 from qpruner.model.surgery import remaining, remaining_slices
 from qpruner.plan import Plan, QuantSpec
 

@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from qpruner.model.packed.storage import EXACT
 from qpruner.model.skeleton import decoder_layers
-from qpruner.model.storage import EXACT
 from qpruner.model.tensors import Tensors
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qpruner.model import arranged, native
-from qpruner.model.arranged import Arranged
-from qpruner.model.storage import signed_bytes
+from qpruner.model.packed import arranged, native
+from qpruner.model.packed.arranged import Arranged
+from qpruner.model.packed.storage import signed_bytes
 from qpruner.plan import QuantSpec
 
 # Up to how many tokens a product is the fastest on a CPU, by benchmarks/packed_decoding.py at 4096 x 4096 to 11008.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qpruner.math import grids
-from qpruner.model.packed import PackedLinear
+from qpruner.model.packed.linear import PackedLinear
 from qpruner.plan import QuantSpec
 
 

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from qpruner.math import grids
 from qpruner.math.books import index_
 from qpruner.math.straight import Nudge, Snap, latents_near, spread
-from qpruner.model.packed import PackedLinear
-from qpruner.model.packed_products import rounded_tokens
-from qpruner.model.quantized import SplitLinear, others
+from qpruner.model.packed.linear import PackedLinear
+from qpruner.model.packed.products import rounded_tokens
+from qpruner.model.packed.split import SplitLinear, others
 
 
 class LearnedLinear(nn.Linear):

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from qpruner.math import grids, packing
 from qpruner.math.books import book, lowest
-from qpruner.model.arranged import Arranged, fits, scales_fit
 from qpruner.model.checkpoint import TORCH_DTYPES
-from qpruner.model.packed_products import product
-from qpruner.model.storage import code_width, signed_bytes, stored_parts
+from qpruner.model.packed.arranged import Arranged, fits, scales_fit
+from qpruner.model.packed.products import product
+from qpruner.model.packed.storage import code_width, signed_bytes, stored_parts
 from qpruner.plan import QuantSpec
 
 
