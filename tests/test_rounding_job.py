@@ -143,8 +143,8 @@ def test_codes_are_learned_from_predictions_and_ship(model, tmp_path, short_text
 
 
 def test_codes_are_learned_layer_by_layer(model, tmp_path, short_text, one_layer_at_a_time):
-    recipe = GPTAQ.replace("gptaq[", "gptaq[bits=[2],group_size=8,layer_steps=8,")
+    recipe = GPTAQ.replace("gptaq[", "gptq[rounding=nearest,ranges=absmax,bits=[2],group_size=24,layer_steps=40,")
     compress(model, tmp_path / "tuned", recipe, short_text)
-    compress(model, tmp_path / "plain", recipe.replace("layer_steps=8", "layer_steps=0"), short_text)
+    compress(model, tmp_path / "plain", recipe.replace("layer_steps=40", "layer_steps=0"), short_text)
     tuned, plain = found_in(tmp_path / "tuned.run"), found_in(tmp_path / "plain.run")
     assert tuned.keys() == plain.keys() and any(not torch.equal(tuned[name], plain[name]) for name in plain)

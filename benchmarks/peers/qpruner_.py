@@ -1,8 +1,8 @@
-"""qpruner itself, on the same tokens.
+"""qpruner itself, on the same tokens. Groups of 16 whose scales have 4 bits, which is no more than 32 with float16.
 
 nearest   plain rounding, ranges by squared error; it looks at no text
-fast      recipe gptaq, no descent; it needs no more than the first half of the tokens
-full      recipe low-bits: then codes and scales learned from the predictions of the original
+fast      recipe gptaq, no descent; it needs no more than the first quarter of the tokens
+full      recipe low-bits: from there all codes and scales learned from the predictions of the original
 layers    recipe gptaq with descent layer by layer, for models whose training does not fit in memory
 binary    recipe low-bits at about 1.6 bits, whatever is asked for: signs, and one input channel in 16 at 4 bits
 """
@@ -14,11 +14,11 @@ import peer
 import torch
 
 VARIANTS = {
-    "nearest": "gptq[rounding=nearest]",
+    "nearest": "gptq[rounding=nearest,group_size=16,scale_bits=4]",
     "fast": "gptaq[held_out=0.1]",
     "full": "low-bits",
     "layers": "gptaq[held_out=0.1,layer_steps=200]",
-    "binary": "low-bits[grid=binary,symmetric=true,salient_bits=4]",
+    "binary": "low-bits[grid=binary,symmetric=true,salient_bits=4,scale_bits=16]",
 }
 
 
@@ -37,14 +37,14 @@ def quantize(job: peer.Job) -> peer.Quantized:
     from qpruner.model.tensors import Stored
     from qpruner.shape import shape_of
 
-    recipe = recipes.load(VARIANTS[job.variant]).but({"bits": [job.bits], "group_size": job.group_size})
+    recipe = recipes.load(VARIANTS[job.variant]).but({"bits": [job.bits]})
     if job.variant == "binary":
         recipe = recipe.but({"bits": [1], "group_size": 64, "salient": CHANNELS[job.load().config.hidden_size]})
     source = load.inspect_source(str(job.model_folder))
     shape = shape_of(source)
     kept = {name: tuple(range(group.n_units)) for name, group in shape.graph.groups.items()}
     plan = shape.plan(recipe, kept, job.bits, job.seed)
-    settings, tuning, ids = plan.rounding, None, job.ids[: recipe.calibration_windows]
+    settings, tuning, ids = plan.rounding, None, job.ids[: len(job.ids) // 4]
     opened = lambda: open_stream(source, graph=shape.graph, dtype=torch.float32, resident=True, device="cpu")
     model = job.load()
     with tempfile.TemporaryDirectory() as folder, job.timed():
@@ -62,10 +62,10 @@ def quantize(job: peer.Job) -> peer.Quantized:
             candidates.put_(plan.specs)
         if settings.network_steps:
             scratch = Scratch()
-            original.forward(ids, scratch)
-            with original.predicting(ids, scratch) as predictions:
+            original.forward(job.ids, scratch)
+            with original.predicting(job.ids, scratch) as predictions:
                 tuning = tune_network_(
-                    model, predictions, ids, steps=settings.network_steps, batch_size=settings.tuning_batch,
+                    model, predictions, job.ids, steps=settings.network_steps, batch_size=settings.tuning_batch,
                     held_out=settings.held_out, seed=job.seed, weights=candidates.weights(),
                 )  # fmt: skip
     stored = peer.tensor_bytes(*candidates.stored(plan.specs).values())

@@ -20,7 +20,17 @@ from qpruner.model.surgery import add_biases_, narrow_
 from qpruner.model.turning import turn_of
 from qpruner.plan import UNITS_BYTES, Budget
 from qpruner.recipe import Recipe
-from qpruner.shape import Shape, any_layers, forecast_for, layers_for, needs_all_in_memory, shape_of, widths_for
+from qpruner.shape import (
+    Shape,
+    any_layers,
+    forecast_for,
+    layers_for,
+    needs_all_in_memory,
+    shape_of,
+    tunes_network,
+    tuning_windows,
+    widths_for,
+)
 
 
 def without_layers(
@@ -147,6 +157,7 @@ class Prepared:
     texts: Texts
     calibration: Windows
     training: Windows | None
+    tuning: Windows | None
     search: Windows
     evaluation: Windows
     output: Path
@@ -205,6 +216,7 @@ def prepare(
         texts=texts,
         calibration=cut(texts.calibration, recipe.calibration_windows, 4),
         training=cut(texts.calibration, recipe.steps * recipe.batch_size, 4) if recipe.steps else None,
+        tuning=cut(texts.calibration, tuning_windows(recipe), 4) if tunes_network(recipe) else None,
         search=cut(texts.search, recipe.search_windows, 2),
         evaluation=cut(texts.evaluation, recipe.evaluation_windows, 2, seed=None),
         output=output,

@@ -52,7 +52,7 @@ def tuned(job: Job, plan: Plan, model: nn.Module, candidates: Candidates) -> tup
     """
     if not plan.rounding.network_steps or all(spec.bits == 16 for spec in plan.specs.values()):
         return job, None
-    windows = job.prepared.calibration.ids
+    windows = job.prepared.tuning.ids
     plain = plan.model_dump(mode="json", include={"kept", "layers", "specs", "rounding", "added_biases", "seed"})
     inputs = job.inputs(plan=plain, windows=digest_of(windows.tolist()))
 

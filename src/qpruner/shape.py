@@ -3,6 +3,7 @@
 Everything here is computed from shapes, in seconds, and touches no file of weights.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -207,6 +208,11 @@ def tunes_network(recipe: Recipe) -> bool:
     return recipe.network_steps > 0 and recipe.bits[0] < 16
 
 
+def tuning_windows(recipe: Recipe) -> int:
+    """So many that no step sees what another saw, if the text has them, and those that are held out."""
+    return math.ceil(recipe.network_steps * recipe.tuning_batch / (1 - recipe.held_out))
+
+
 def forecast_for(
     shape: Shape, recipe: Recipe, counts: widths.Counts, window: int, limit: int | None
 ) -> memory.Forecast:
@@ -224,7 +230,8 @@ def work_for(shape: Shape, recipe: Recipe, counts: widths.Counts, window: int) -
         candidates = sum(sizes[bits].linears for bits in recipe.bits if bits < 16)
         whole = 2 * sizes[16].total + candidates + 2 * sizes[16].adapters
         if tunes_network(recipe):
-            whole += LEARNED_COPIES * 2 * sizes[16].linears
+            predictions = tuning_windows(recipe) * window * shape.hidden_size * 4  # of the original, before its head
+            whole += LEARNED_COPIES * 2 * sizes[16].linears + predictions
     refits = []
     if recipe.reconstruction != "none":
         kept = widths.first_units(shape.graph, counts)
