@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny_folder import save, tiny_model
 
 from qpruner import api, prepare
+from qpruner.do import tune
 from qpruner.errors import RecipeError
 from qpruner.model.graph import Graph
 
@@ -142,9 +143,10 @@ def test_codes_are_learned_from_predictions_and_ship(model, tmp_path, short_text
     assert changed == (tuned["after"] < tuned["before"]) and len(tuned["curve"]) == 6
 
 
-def test_codes_are_learned_layer_by_layer(model, tmp_path, short_text, one_layer_at_a_time):
-    recipe = GPTAQ.replace("gptaq[", "gptq[rounding=nearest,ranges=absmax,bits=[2],group_size=24,layer_steps=40,")
+def test_codes_are_learned_layer_by_layer(model, tmp_path, short_text, one_layer_at_a_time, monkeypatch):
+    monkeypatch.setattr(tune.Tuned, "helped", property(lambda tuned: True))  # on so little text it may not
+    recipe = GPTAQ.replace("gptaq[", "gptaq[layer_steps=40,")
     compress(model, tmp_path / "tuned", recipe, short_text)
-    compress(model, tmp_path / "plain", recipe.replace("layer_steps=40", "layer_steps=0"), short_text)
+    compress(model, tmp_path / "plain", GPTAQ, short_text)
     tuned, plain = found_in(tmp_path / "tuned.run"), found_in(tmp_path / "plain.run")
     assert tuned.keys() == plain.keys() and any(not torch.equal(tuned[name], plain[name]) for name in plain)
