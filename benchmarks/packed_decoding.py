@@ -84,7 +84,6 @@ def ours():
     unpacked = ("unpacked by tile", lambda x, layer: products.by_tile(products.product_of_values, x, layer))
     ordered = ("4-bit order", lambda x, layer: layer.arranged(make=True).product(x, layer.steps))
     codes = ("codes by tile", lambda x, layer: products.by_tile(products.product_of_codes, x, layer))
-    whole = ("whole bytes", products.product_of_bytes)
     compiled = ("compiled", products.product_compiled)
     both, four = (unpacked, ordered), (unpacked, ordered, compiled)
     return {
@@ -97,7 +96,7 @@ def ours():
         "int2 g64": (integer(2, 64), both),
         "ternary g64": (QuantSpec(bits=2, grid="ternary", group_size=64), (unpacked,)),
         "binary g64": (QuantSpec(bits=1, grid="binary", group_size=64), both),
-        "int8": (INT8, (codes, whole)),
+        "int8": (INT8, (codes, unpacked)),
         "int8, inputs int8": (INT8.model_copy(update={"activation_bits": 8}), ()),
     }
 

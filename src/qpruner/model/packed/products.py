@@ -17,11 +17,11 @@ from qpruner.model.packed.storage import signed_bytes
 from qpruner.plan import QuantSpec
 
 # Up to how many tokens a product is the fastest on a CPU, by benchmarks/packed_decoding.py at 4096 x 4096 to 11008.
-# Up to four tokens cost torch's 4-bit and 8-bit products about as much as one, then each costs its share, whereas
-# unpacking costs the same whatever comes, as much as some 30 or, from the 4-bit order, 100 tokens of those products.
+# Up to four tokens cost torch's 4-bit product about as much as one, then each costs its share, whereas unpacking costs
+# the same whatever comes, as much as some 30 or, from the 4-bit order, 100 tokens of that product.
 # Compiled products cost each token its share from the second on. `_int_mm` multiplies one token by rows as they lie,
 # and copies the weight for more.
-MOST = {"to arrange": 32, "in order": 96, "compiled": 16, "bytes": 8, "integers one by one": 8}
+MOST = {"to arrange": 32, "in order": 96, "compiled": 16, "integers one by one": 8}
 SMALLEST_COMPILED = 2**20  # weights for which a process runs the compiler, for a second, once
 
 
@@ -83,8 +83,8 @@ def product_as_is(x: Tensor, layer: Packed) -> Tensor:
         return by_token(order.product, x, layer.steps)
     if n_tokens(x) <= MOST["compiled"] and compiled_fits(x, layer):
         return by_token(product_compiled, x, layer)
-    if torchs_own(x) and n_tokens(x) <= MOST["bytes"] and whole_bytes(layer):
-        return by_token(product_of_bytes, x, layer)
+    # Not torch._weight_int8pack_mm for 8 bits, which is faster for few tokens: it crashes on some weights, and not only
+    # where rows are no multiples of what it reads at a time.
     return by_tile(product_of_codes if scale_last(x, layer.spec) else product_of_values, x, layer)
 
 
@@ -126,29 +126,15 @@ def scale_last(x: Tensor, spec: QuantSpec) -> bool:
     return signed_bytes(spec) and spec.group_size is None and x.dtype != torch.float16
 
 
-def whole_bytes(layer: Packed) -> bool:
-    """Whether torch's 8-bit product may have the codes: it reads 16 at a time, also past the end of other rows."""
-    return signed_bytes(layer.spec) and layer.spec.group_size is None and layer.codes.shape[1] % 16 == 0
-
-
 def product_of_values(x: Tensor, layer: Packed, rows: slice) -> Tensor:
     return x @ layer.dequantize_rows(rows, x.dtype).T
 
 
 def product_of_codes(x: Tensor, layer: Packed, rows: slice) -> Tensor:
     """8 bits, one scale per row: integers up to 128 are exact in every dtype, and the scale is applied to the sums."""
-    return scaled(x @ layer.codes[rows].to(x.dtype).T, layer.scales_of(rows))
-
-
-def product_of_bytes(x: Tensor, layer: Packed) -> Tensor:
-    """As `product_of_codes`, all rows at once; x: (tokens, d_in), bfloat16."""
-    ones = torch.ones(len(layer.codes), dtype=x.dtype)
-    return scaled(torch._weight_int8pack_mm(x.contiguous(), layer.codes, ones), layer.scales_of(slice(None)))
-
-
-def scaled(sums: Tensor, scales: Tensor) -> Tensor:
+    sums, scales = x @ layer.codes[rows].to(x.dtype).T, layer.scales_of(rows)[:, 0]
     wide = torch.promote_types(sums.dtype, torch.float32)  # bfloat16 would round the scales
-    return (sums * scales[:, 0].to(wide)).to(sums.dtype)
+    return (sums * scales.to(wide)).to(x.dtype)  # within autocast the sums are of fewer bits than x
 
 
 def by_tile(one_product, x: Tensor, layer: Packed) -> Tensor:
