@@ -4,7 +4,7 @@ nearest   plain rounding, ranges by squared error; it looks at no text
 fast      recipe gptaq, no descent; it needs no more than the first quarter of the tokens
 full      recipe low-bits: from there all codes and scales learned from the predictions of the original
 layers    recipe gptaq with descent layer by layer, for models whose training does not fit in memory
-binary    recipe low-bits at about 1.6 bits, whatever is asked for: signs, and one input channel in 16 at 4 bits
+binary    recipe low-bits at about 1.6 bits, whatever is asked for: signs, and 20 input channels at 4 bits
 """
 
 import tempfile
@@ -18,11 +18,11 @@ VARIANTS = {
     "fast": "gptaq[held_out=0.1]",
     "full": "low-bits",
     "layers": "gptaq[held_out=0.1,layer_steps=200]",
-    "binary": "low-bits[grid=binary,symmetric=true,salient_bits=4,scale_bits=16]",
+    "binary": "low-bits",
 }
 
 
-CHANNELS = {64: 2, 256: 24}  # that are salient in every linear, by the hidden size: 1.6 bits or less in all
+CHANNELS = {64: 0, 256: 20}  # that are salient in every linear, by the hidden size: 1.6 bits or less in all
 
 
 def quantize(job: peer.Job) -> peer.Quantized:
@@ -37,13 +37,18 @@ def quantize(job: peer.Job) -> peer.Quantized:
     from qpruner.model.tensors import Stored
     from qpruner.shape import shape_of
 
-    recipe = recipes.load(VARIANTS[job.variant]).but({"bits": [job.bits]})
+    recipe, bits = recipes.load(VARIANTS[job.variant]), job.bits
     if job.variant == "binary":
-        recipe = recipe.but({"bits": [1], "group_size": 64, "salient": CHANNELS[job.load().config.hidden_size]})
+        bits, width = 1, job.load().config.hidden_size
+        recipe = recipe.but(
+            {"grid": "binary", "symmetric": True, "salient_bits": 4, "salient": CHANNELS[width], "bits": [1]}
+        )
+    else:
+        recipe = recipe.but({"bits": [bits]})
     source = load.inspect_source(str(job.model_folder))
     shape = shape_of(source)
     kept = {name: tuple(range(group.n_units)) for name, group in shape.graph.groups.items()}
-    plan = shape.plan(recipe, kept, job.bits, job.seed)
+    plan = shape.plan(recipe, kept, bits, job.seed)
     settings, tuning, ids = plan.rounding, None, job.ids[: len(job.ids) // 4]
     opened = lambda: open_stream(source, graph=shape.graph, dtype=torch.float32, resident=True, device="cpu")
     model = job.load()

@@ -236,8 +236,9 @@ def parse(fields: Any, *, origin: str) -> Recipe:
         return Recipe.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the recipe as a whole"
-        raise RecipeError(f"{origin}: {place}: {first['msg']} (found {first['input']!r}).") from None
+        place = ".".join(map(str, first["loc"]))
+        said = f"{place}: {first['msg']} (found {first['input']!r})" if place else first["msg"]
+        raise RecipeError(f"{origin}: {said}.") from None
 
 
 def shipped() -> list[str]:
