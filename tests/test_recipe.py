@@ -54,3 +54,14 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path):
     (tmp_path / "broken.yaml").write_text("a: [")
     with pytest.raises(RecipeError, match="not YAML"):
         recipe.load(str(tmp_path / "broken.yaml"))
+
+
+def test_what_is_held_out_counts_wherever_something_is():
+    held_out = lambda changes: recipe.load(f"gptq[held_out=0.1{changes}]").rounds().held_out
+    assert held_out(",propagation=true") == held_out(",layer_steps=1") == held_out(",network_steps=1") == 0.1
+    assert held_out("") == recipe.load("gptq").rounds().held_out
+
+
+def test_a_layer_that_learns_needs_the_original_beside_it():
+    assert recipe.load("gptq[layer_steps=1]").rounds().needs_original
+    assert not recipe.load("gptq[network_steps=1]").rounds().needs_original

@@ -57,7 +57,7 @@ def quantize(job: peer.Job) -> peer.Quantized:
         candidates = Candidates(model, shape.graph, plan, adapter_dtype=torch.float32)
         if settings.needs_text:
             results = round_(
-                original if settings.propagation or settings.layer_steps else None, opened(), shape.graph, plan,
+                original if settings.needs_original else None, opened(), shape.graph, plan,
                 ids, dtype=torch.float32, scratches=(Scratch(), Scratch()),
                 tune=layer_tuner(plan, len(ids)) if settings.layer_steps else None,
             )  # fmt: skip

@@ -1,7 +1,7 @@
 """Claim: none; measures what post-training quantizers lose, store and cost, on the same model and the same tokens.
 
     python benchmarks/peers/run.py --models ../shared/models/stories260K pystdlib-5M --bits 4 3 2 -o DIR
-        [--peers hqq gptqmodel:gptaq ...] [--environments /tmp/peers] [--text MODEL CALIBRATION EVALUATION]
+        [--peers hqq gptqmodel:gptaq ...] [--environments build/peers] [--text MODEL CALIBRATION EVALUATION]
 
 Every cell runs in a process and an environment of its own, two threads, one after the other; cells already in DIR are
 not run again. Then one evaluator judges all of them: the loss increase over the dense model in nats per token, with
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--peers", nargs="+", default=list(PEERS), help="PEER or PEER:VARIANT")
     parser.add_argument("--text", nargs=3, action="append", default=[], metavar=("MODEL", "CALIBRATION", "EVALUATION"))
-    parser.add_argument("--environments", type=Path, default=Path("/tmp/peers"))
+    parser.add_argument("--environments", type=Path, default=Path("build/peers"))
     parser.add_argument("--group-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--out", type=Path, required=True)

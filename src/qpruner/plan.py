@@ -198,6 +198,11 @@ class Rounding(Value):
         """Whether calibration text goes through the model for it."""
         return self.method != "nearest" or "rescale" in self.transforms or bool(self.layer_steps or self.network_steps)
 
+    @property
+    def needs_original(self) -> bool:
+        """Whether the original walks along, layer by layer."""
+        return self.propagation or self.layer_steps > 0
+
 
 class Plan(Value):
     """Everything that will be done to a model, complete: it decides every group and every linear of its decoder layers.

@@ -204,7 +204,9 @@ class Recipe(Value):
     def rounds(self) -> Rounding:
         fields = {key: getattr(self, key) for key in Rounding.model_fields if key != "method"}
         if not self.propagation:
-            fields |= {"dampings": (), "held_out": Rounding().held_out}
+            fields["dampings"] = ()
+        if not (self.propagation or self.layer_steps or self.network_steps):
+            fields["held_out"] = Rounding().held_out  # nothing is held out, so nothing may depend on it
         return Rounding(method=self.rounding, **fields)
 
     def recovery(self, hidden_size: int) -> Recovery:

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from qpruner.do.quantize import Candidates
 from qpruner.do.rounding import facts_of, round_
@@ -27,13 +27,12 @@ def rounded(job: Job, plan: Plan) -> tuple[Job, list[dict]]:
     if not plan.rounding.needs_text or all(spec.bits == 16 for spec in plan.specs.values()):
         return job, []
     windows = job.prepared.calibration.ids
-    plain = plan.model_dump(mode="json", include={"kept", "layers", "specs", "rounding", "added_biases"})
-    inputs = job.inputs(plan=plain, windows=digest_of(windows.tolist()))
+    inputs = _inputs(job, plan, windows)
     with job.scratch("rounding", inputs) as ours, job.scratch("rounding-original", inputs) as theirs:
 
         def compute(folder: Path) -> None:
             settings = plan.rounding
-            original = job.original_beside() if settings.propagation or settings.layer_steps else None
+            original = job.original_beside() if settings.needs_original else None
             results = round_(
                 original, job.pruned(plan.kept, job.precision), job.graph, plan, windows, dtype=job.stored_dtype,
                 scratches=(theirs, ours), on_layer=job.progress("rounding"),
@@ -53,8 +52,7 @@ def tuned(job: Job, plan: Plan, model: nn.Module, candidates: Candidates) -> tup
     if not plan.rounding.network_steps or all(spec.bits == 16 for spec in plan.specs.values()):
         return job, None
     windows = job.prepared.tuning.ids
-    plain = plan.model_dump(mode="json", include={"kept", "layers", "specs", "rounding", "added_biases", "seed"})
-    inputs = job.inputs(plan=plain, windows=digest_of(windows.tolist()))
+    inputs = _inputs(job, plan, windows)
 
     def compute(folder: Path) -> None:
         original, scratch, settings = job.original(), Scratch(), plan.rounding
@@ -78,3 +76,8 @@ def tuned(job: Job, plan: Plan, model: nn.Module, candidates: Candidates) -> tup
     for name, p in vectors_of(model).items():
         p.data.copy_(codes.read(name))
     return job, json.loads((folder / CURVE).read_text())
+
+
+def _inputs(job: Job, plan: Plan, windows: Tensor) -> dict:
+    decided = plan.model_dump(mode="json", include={"kept", "layers", "specs", "rounding", "added_biases"})
+    return job.inputs(plan=decided, windows=digest_of(windows.tolist()))

@@ -22,7 +22,6 @@ from qpruner.model.surgery import bereft, bereft_stacks
 from qpruner.plan import Plan
 from qpruner.recipe import Recipe
 
-LEARNED_COPIES = 6  # of linears in float32: latents, gradients, two averages of them, and what is made of them
 EVALUATION_BATCH, LOGITS_AT_ONCE = 8, 2**26  # windows, elements
 
 
@@ -231,7 +230,7 @@ def work_for(shape: Shape, recipe: Recipe, counts: widths.Counts, window: int) -
         whole = 2 * sizes[16].total + candidates + 2 * sizes[16].adapters
         if tunes_network(recipe):
             predictions = tuning_windows(recipe) * window * shape.hidden_size * 4  # of the original, before its head
-            whole += LEARNED_COPIES * 2 * sizes[16].linears + predictions
+            whole += memory.LEARNED_COPIES * 2 * sizes[16].linears + predictions
     refits = []
     if recipe.reconstruction != "none":
         kept = widths.first_units(shape.graph, counts)
@@ -270,7 +269,7 @@ def rounds_for(shape: Shape, recipe: Recipe) -> memory.Rounds | None:
         sites = [shape.graph.linears[name] for name in fused.linears]
         ends[fused.layer] += sites[0].d_in if len(sites) == 1 else 0
         found.append((sum(site.d_out for site in sites), sites[0].d_in))
-    how = max(ends.values(), default=0), settings.propagation, 1 + len(settings.dampings)
+    how = max(ends.values(), default=0), settings.needs_original, 1 + len(settings.dampings), settings.layer_steps > 0
     rounds = [memory.Rounds(d_out, k, *how) for d_out, k in found]
     return max(rounds, key=lambda each: each.size_bytes, default=None)
 

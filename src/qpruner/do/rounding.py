@@ -72,15 +72,14 @@ def round_(
     """For every layer: what its quantized linears store, by name, and facts that `facts_of` reads.
 
     Args:
-        original: walks along; None where the plan has no propagation, and `tune` needs no original.
+        original: walks along; None where the plan needs none.
         pruned: by the plan, and refitted; it is of no use afterwards, its weights are rounded as far as they stay.
         graph: of the model of the layers that stay, before the cuts.
         windows: (n, length) token ids, two at least with propagation.
         dtype: in which biases will be stored.
         scratches: of the original and of the pruned model; an interrupted walk goes on after its last finished layer.
     """
-    propagates = plan.rounding.propagation
-    assert original is not None or not propagates
+    assert original is not None or not plan.rounding.needs_original
     border = len(windows) if original is None else n_fitted(len(windows), plan.rounding.held_out)
     rows = remaining(graph, plan.kept)
     known: dict[str, _Structure] = {}

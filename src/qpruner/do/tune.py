@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qpruner.do.recover import fast_bfloat16
 from qpruner.do.rounding import Tune
 from qpruner.do.walk import n_fitted
 from qpruner.math.straight import mean_gap
@@ -177,8 +178,6 @@ def kl(theirs: Tensor, ours: Tensor) -> Tensor:
 
 def mixed_precision(device: torch.device):
     """Products in bfloat16 where they are fast; everything that is learned is float32."""
-    from qpruner.do.recover import fast_bfloat16
-
     return torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device))
 
 

@@ -85,5 +85,5 @@ class Rounding:
 def others(salient: Int[Tensor, " n"], d: int) -> Int[Tensor, " m"]:
     """The inputs that are not salient, ascending."""
     stays = torch.ones(d, dtype=torch.bool, device=salient.device)
-    stays[salient] = False
+    stays[salient.long()] = False
     return stays.nonzero()[:, 0]

@@ -36,6 +36,7 @@ TRAINING_COPIES = 2  # the same in every layer, with what dropout and adapters k
 REFIT_TOKENS = 2048  # that go through a layer at once while linears are refitted
 REFIT_SQUARES, REFIT_PRODUCTS = 5, 7  # moments of two parts, what is solved and its factor; what is solved for
 REMEMBERED = 2**28  # bytes of a layer's activations that are kept while its linears are rounded one after the other
+LEARNED_COPIES = 6  # float32, per weight: latents, gradients, two averages of them, and what is made of them
 ROUNDED_TOGETHER = 2**22  # weights of several candidates that are rounded together
 ROUND_COPIES = 6  # of them in float32: stacked, in tiles, values, and dequantized in float64
 EXPERT_MOMENTS = 2**30  # bytes of the moments of experts that are summed up at the same time
@@ -72,6 +73,7 @@ class Rounds:
 
     ends: inputs of all linears of a layer that share theirs with no other: what may be remembered of a token.
     beside: the original walks along. candidates: weights that are rounded to find the best.
+    learns: codes of a layer are learned once they are found.
     """
 
     d_out: int
@@ -79,6 +81,7 @@ class Rounds:
     ends: int
     beside: bool
     candidates: int
+    learns: bool = False
 
     @property
     def size_bytes(self) -> int:
@@ -236,7 +239,13 @@ def stages_of(sizes: Sizes, work: Work, hidden_size: int, *, resident: bool) -> 
         ends = sizes.widths * item + 4 * (work.rounds.d_out + work.rounds.k)
         through = FORWARD_COPIES * max(window, REFIT_TOKENS) * ends
         through += (2 if work.rounds.beside else 1) * min(REMEMBERED, n_windows * window * work.rounds.ends * item)
-        stages["rounding"] = models + through + work.rounds.size_bytes + states(4) + (work.whole_bytes or 0)
+        rounding = work.rounds.size_bytes
+        if work.rounds.learns:
+            learning = (
+                LEARNED_COPIES * sizes.layer * 4 + BACKWARD_COPIES * max(window, REFIT_TOKENS) * sizes.widths * item
+            )
+            rounding = max(rounding, learning)
+        stages["rounding"] = models + through + rounding + states(4) + (work.whole_bytes or 0)
     if work.whole_bytes is not None:
         training = work.training_tokens * 4 * (TRAINING_COPIES * sizes.all_widths + LOGIT_COPIES * work.vocabulary)
         stages[WHOLE] = work.whole_bytes + LIBRARIES + max(training, LOFTQ_COPIES * sizes.matrix * 4)

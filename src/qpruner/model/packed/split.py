@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qpruner.math import grids
+from qpruner.math.salient import others
 from qpruner.model.packed.linear import PackedLinear
 from qpruner.plan import QuantSpec
 
@@ -147,10 +148,3 @@ def repacked(layer: Quantized, W: Tensor) -> Quantized:
 def largest_columns(W: Tensor, n: int) -> Tensor:
     """Of equal columns the first."""
     return W.double().square().sum(0).sort(descending=True, stable=True).indices[:n]
-
-
-def others(salient: Tensor, d_in: int) -> Tensor:
-    """The channels that are not salient, ascending."""
-    stays = torch.ones(d_in, dtype=torch.bool, device=salient.device)
-    stays[salient.long()] = False
-    return stays.nonzero()[:, 0]
