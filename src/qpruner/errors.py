@@ -40,6 +40,10 @@ class OutputError(QPrunerError):
     """The output folder holds something else, or there is no room for it."""
 
 
+class WorkersError(QPrunerError):
+    """No worker process can be had for what was asked, or no cluster."""
+
+
 class MissingExtraError(QPrunerError):
     """An optional dependency is needed for what was asked."""
 

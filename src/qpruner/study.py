@@ -26,13 +26,13 @@ from qpruner.files import write_text
 from qpruner.judge.loss import mean_difference
 from qpruner.matrix import Matrix, Subject
 from qpruner.model import checkpoint, load
-from qpruner.parallel import in_processes
 from qpruner.prepare import choose_texts, require_weights
 from qpruner.progress import OnProgress, silent
 from qpruner.recipe import Recipe
 from qpruner.report.study import markdown, page
 from qpruner.run import digest_of
 from qpruner.shape import Room, shape_of
+from qpruner.workers.processes import in_processes
 
 SCORED_BY = ("score", "fisher", "precision", "calibration_windows", "window")
 

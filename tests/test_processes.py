@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from qpruner.parallel import _next, in_processes
+from qpruner.workers.processes import _next, in_processes
 
 PARENT = """
 import sys, time, os
-from qpruner.parallel import in_processes
+from qpruner.workers.processes import in_processes
 
 def wait(item):
     print(os.getpid(), flush=True)
