@@ -22,6 +22,7 @@ FAMILIES = {
     "opt": LLAMA | dict(ffn_dim=24, word_embed_proj_dim=16, pad_token_id=1),
     "gpt2": GPT2,
     "bloom": dict(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1),
+    "gemma3_text": LLAMA | dict(head_dim=4),
     "mixtral": LLAMA | dict(num_local_experts=2, num_experts_per_tok=1, pad_token_id=None),
 }
 

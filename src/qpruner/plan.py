@@ -204,6 +204,18 @@ class Rounding(Value):
         return self.propagation or self.layer_steps > 0
 
 
+class Selection(Value):
+    """A point of a joint search: all that it leaves open, decided. Units of a group go in the order of their scores.
+
+    layers: decoder layers of the original that stay, ascending; names are those of the original.
+    kept: how many units stay, of groups that may lose some. specs: of fused linears and of embeddings, by name.
+    """
+
+    layers: tuple[int, ...]
+    kept: dict[str, int]
+    specs: dict[str, QuantSpec]
+
+
 class Plan(Value):
     """Everything that will be done to a model, complete: it decides every group and every linear of its decoder layers.
 
@@ -215,6 +227,8 @@ class Plan(Value):
     reconstruction: of the linears that lost inputs, right after the cuts; None for slicing alone.
     added_biases: linears that get a bias they did not have.
     specs: for every linear inside the decoder layers.
+    embeddings: matrices outside the decoder layers that are stored in codes, by the path of the module that stores
+        them: the embedding (with a tied head in one), a head of its own. One that is not named keeps its 16 bits.
     rounding: how weights find their codes.
     adapter_ranks: rank of the adapter of each linear that gets one; empty for no adapters.
     adapters: whether adapters are stored beside the base or merged into it.
@@ -228,11 +242,17 @@ class Plan(Value):
     reconstruction: Reconstruction | None = None
     added_biases: tuple[str, ...] = ()
     specs: dict[str, QuantSpec]
+    embeddings: dict[str, QuantSpec] = {}
     rounding: Rounding = Rounding()
     adapter_ranks: dict[str, int] = {}
     adapters: Literal["beside", "merged"] = "beside"
     recovery: Recovery = Recovery()
     seed: int = 0
+
+    @property
+    def packed_embeddings(self) -> dict[str, QuantSpec]:
+        """Those of `embeddings` that are stored in codes indeed."""
+        return {name: spec for name, spec in self.embeddings.items() if spec.bits < 16}
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"

@@ -18,7 +18,7 @@ Score = Literal[
 ]  # fmt: skip
 Fusion = Literal["fine", "coarse", "mean", "attention", "learned", "best"]
 Units = Literal["kv_group", "query_head", "channel", "expert", "residual"]
-Allocation = Literal["uniform", "random", "mutual-information", "sensitivity", "bayesian"]
+Allocation = Literal["uniform", "random", "mutual-information", "sensitivity", "bayesian", "joint"]
 
 
 class Recipe(Value):
@@ -72,6 +72,19 @@ class Recipe(Value):
         salient, salient_bits: input channels of each linear that are kept at more bits (those whose rounding would hurt
             most).
         activation_bits: inputs of linears are rounded to so many when the model runs, one scale for each token.
+        embedding_bits: of the embedding and of the head, one matrix where they are tied; 16 means unquantized.
+    Joint search (allocation joint): widths, layers and bits are chosen together, by the loss of the whole network
+        group_sizes, salients: other values of `group_size` and `salient` that linears may be stored with.
+        least_kept: fraction of the units of a group that stays at least.
+        width_choices: widths that a group may have, at most.
+        drop_layers: whether whole layers may go. pack_embeddings: whether embedding and head may be stored in codes.
+        target: what has to load the result: our own loader in `transformers`, `vllm`, `gguf`, or `any` of them.
+        gate_steps: that learned gates are trained; 0 for none. gates: a `table` of numbers, or a `hypernetwork` that
+            makes them.
+        trials_at_once: trials that are chosen before the first of them is known; as many can run side by side.
+        sensitivity_windows: of the search text, that single choices are measured on.
+        finalists: best plans that are carried out as far as their codes; what then loses least on the search text is
+            taken.
     Rounding
         rounding: `nearest`, or `gptq`, which makes up for each rounding in the weights that are still to come.
         ranges: where the grid of a group ends: at its largest weight, where the squared error is least, or by
@@ -133,11 +146,25 @@ class Recipe(Value):
     salient: int = Field(default=0, ge=0)
     salient_bits: Literal[4, 8] = 8
     activation_bits: Literal[4, 8, 16] = 16
+    embedding_bits: Literal[1, 2, 3, 4, 5, 6, 8, 16] = 16
     allocation: Allocation = "uniform"
     bit_unit: Literal["layer", "projection"] = "projection"
     information: Literal["gaussian", "binned"] = "gaussian"
     trials: int = Field(default=32, ge=1)
     search_windows: int = Field(default=32, ge=1)
+
+    group_sizes: tuple[int, ...] = ()
+    salients: tuple[int, ...] = ()
+    least_kept: float = Field(default=0.25, gt=0, le=1)
+    width_choices: int = Field(default=8, ge=1)
+    drop_layers: bool = True
+    pack_embeddings: bool = True
+    target: Literal["transformers", "vllm", "gguf", "any"] = "transformers"
+    gate_steps: int = Field(default=0, ge=0)
+    gates: Literal["table", "hypernetwork"] = "table"
+    trials_at_once: int = Field(default=4, ge=1)
+    sensitivity_windows: int = Field(default=8, ge=1)
+    finalists: int = Field(default=1, ge=1)
 
     rounding: Literal["nearest", "gptq"] = "nearest"
     ranges: Literal["absmax", "mse", "half-quadratic"] = "absmax"
@@ -180,6 +207,12 @@ class Recipe(Value):
             )
         if "rescale" in self.transforms and self.network_steps:
             raise ValueError("rescale changes weights that network_steps would go on from: leave one of them out")
+        if self.allocation == "joint" and "rotate" in self.transforms:
+            raise ValueError("allocation joint tries weights in the basis that the model has: leave rotate out")
+        if self.allocation == "joint" and self.activation_bits < 16:
+            raise ValueError("allocation joint does not round inputs in its trials: activation_bits has to be 16")
+        if self.allocation == "joint" and (self.fit_by == "depth" or self.layers_kept < 1 or self.scope == "global"):
+            raise ValueError("allocation joint chooses widths and layers itself: leave fit_by, layers_kept, scope out")
         if "rotate" in self.transforms and "residual" in self.units:
             raise ValueError("rotate turns the hidden states as a whole: leave residual out of units")
         if not self.units or len(set(self.units)) < len(self.units):
@@ -200,6 +233,20 @@ class Recipe(Value):
     def spec(self, bits: int) -> QuantSpec:
         """How a linear is stored at so many bits."""
         return Format(**{key: getattr(self, key) for key in Format.model_fields}).spec(bits)
+
+    def embedding_spec(self) -> QuantSpec:
+        """How the embedding and the head are stored. They have no salient channels and take inputs as they are."""
+        how = Format(**{key: getattr(self, key) for key in Format.model_fields})
+        return how.model_copy(update={"salient": 0, "activation_bits": 16}).spec(self.embedding_bits)
+
+    def formats(self) -> tuple[QuantSpec, ...]:
+        """How a joint search may store a linear: every bits, with every group size and number of salient channels."""
+        found: dict[QuantSpec, None] = {}
+        for group_size in (self.group_size, *self.group_sizes):
+            for salient in (self.salient, *self.salients):
+                like = self.model_copy(update={"group_size": group_size, "salient": salient})
+                found |= {like.spec(bits): None for bits in self.bits}
+        return tuple(found)
 
     def rounds(self) -> Rounding:
         fields = {key: getattr(self, key) for key in Rounding.model_fields if key != "method"}

@@ -18,6 +18,7 @@ from qpruner.model.check import check_plan
 from qpruner.model.discover import discover
 from qpruner.model.graph import Graph
 from qpruner.model.packed import split
+from qpruner.model.packed.embedding import PackedEmbedding, put_empty_embeddings_
 from qpruner.model.packed.storage import EXACT
 from qpruner.model.skeleton import build_skeleton
 from qpruner.model.surgery import add_biases_, narrow_
@@ -81,6 +82,7 @@ def shell(folder: Path, config: QPrunerConfig, *, trust_remote_code: bool = Fals
     narrow_(model, graph, plan.kept)
     add_biases_(model, plan.added_biases)
     put_packed_(model, plan)
+    put_empty_embeddings_(model, graph, plan.packed_embeddings)
     return model, graph
 
 
@@ -103,6 +105,9 @@ def _fill_(model: nn.Module, tensors: dict[str, torch.Tensor], dtype: torch.dtyp
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not name.endswith(EXACT):
             tensors[name] = tensor.to(dtype)
+    for module in model.modules():
+        if isinstance(module, PackedEmbedding):
+            module.to(dtype)  # of what it looks up
     result = model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     absent = [n for n, t in model.state_dict().items() if t.is_meta]

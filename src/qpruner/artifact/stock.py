@@ -72,7 +72,8 @@ def stock_config(
         original: of the model before the cuts.
         content: the same as a config.json holds it, with what is to be stated of the result.
     """
-    if any(spec.bits < 16 for spec in plan.specs.values()) or (plan.adapter_ranks and plan.adapters == "beside"):
+    packs = plan.packed_embeddings or any(spec.bits < 16 for spec in plan.specs.values())
+    if packs or (plan.adapter_ranks and plan.adapters == "beside"):
         return None
     counts = counts_after(original.get_text_config(decoder=True), graph.groups.values(), plan.kept)
     if counts is None:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from qpruner.math import loftq
 from qpruner.model import adapters
 from qpruner.model.graph import Graph, LinearSite
+from qpruner.model.packed.embedding import put_embedding_
+from qpruner.model.packed.linear import PackedLinear
 from qpruner.model.packed.split import Quantized, packed, stored
 from qpruner.model.surgery import refill_
 from qpruner.model.tensors import Stored
@@ -32,14 +34,18 @@ class Candidate:
 class Candidates:
     """The linears of a pruned model in every form that is asked for, made at the first asking and kept.
 
-    On construction the model gets its adapters; from then on `put_` decides what stands at each place.
+    On construction the model gets its adapters; from then on `put_` decides what stands at each place. It may be asked
+    for embeddings and heads, too, if those of the model are not in codes yet.
     """
 
     def __init__(self, model: nn.Module, graph: Graph, plan: Plan, *, adapter_dtype: torch.dtype):
         """plan: for the ranks, the recovery settings and the seed; its specs are not looked at."""
         self._model, self._graph, self._plan, self._dtype = model, graph, plan, adapter_dtype
         self._dense = {name: model.get_submodule(name) for name in graph.linears}
+        ends = {path for site in graph.embeddings.values() for path in (site.name, *site.heads)}
+        self._ends = {path: model.get_submodule(path) for path in ends}
         self._made: dict[tuple[str, QuantSpec], Candidate] = {}
+        self._matrices: dict[tuple[str, QuantSpec], PackedLinear] = {}  # embeddings and heads
         self._placed: dict[str, QuantSpec] = {}
         if plan.adapter_ranks:
             recovery = plan.recovery
@@ -60,6 +66,10 @@ class Candidates:
         for name, spec in specs.items():
             if self._placed.get(name) == spec:
                 continue
+            if name in self._graph.embeddings:
+                self._put_embedding_(name, spec)
+                self._placed[name] = spec
+                continue
             candidate = self.candidate(name, spec)
             self._place_(name, candidate.layer)
             if candidate.factors is not None:
@@ -67,6 +77,21 @@ class Candidates:
             self._placed[name] = spec
         if factors:
             adapters.set_adapter_weights_(self._model, factors)
+
+    def _put_embedding_(self, name: str, spec: QuantSpec) -> None:
+        site = self._graph.embeddings[name]
+        stood = {path: self._ends[path] for path in (name, *site.heads)}
+        if spec.bits == 16:
+            for path, module in stood.items():
+                self._model.set_submodule(path, module)
+            return
+        dense, key = stood[name], (name, spec)
+        assert isinstance(dense.weight, nn.Parameter), f"{name} was in codes before anything was asked for"
+        if key not in self._matrices:
+            self._matrices[key] = packed(
+                dense.weight, getattr(dense, "bias", None), spec, ranges=self._plan.rounding.ranges
+            )
+        put_embedding_(self._model, site, self._matrices[key], dtype=dense.weight.dtype, dense=stood)
 
     def put_stored_(self, specs: Mapping[str, QuantSpec], codes: Stored) -> None:
         """Have the quantized linears that stand there store other codes; adapters start anew.
@@ -109,12 +134,13 @@ class Candidates:
 
     def errors(self) -> dict[str, tuple[float, float]]:
         """(plain, with LoftQ) of every linear that is now quantized."""
-        made = {name: self._made[name, spec] for name, spec in self._placed.items() if spec.bits < 16}
+        linears = {name: spec for name, spec in self._placed.items() if name in self._graph.linears}
+        made = {name: self._made[name, spec] for name, spec in linears.items() if spec.bits < 16}
         return {name: (c.plain_error, c.error) for name, c in made.items()}
 
     def forget(self) -> None:
         """Let go of every candidate that does not stand in the model."""
-        self._made, self._dense = {}, {}
+        self._made, self._dense, self._ends, self._matrices = {}, {}, {}, {}
 
     def _make(self, name: str, spec: QuantSpec) -> Candidate:
         return made(self._dense[name], self._graph.linears[name], spec, self._plan, self._dtype)

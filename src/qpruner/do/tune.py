@@ -26,6 +26,7 @@ from qpruner.math.straight import mean_gap
 from qpruner.model.packed.learned import LearnedLinear, learnable, vectors_of
 from qpruner.model.packed.split import Quantized
 from qpruner.model.scratch import Scratch
+from qpruner.model.skeleton import decoder_layers
 from qpruner.model.stream import Step
 from qpruner.plan import Plan
 
@@ -65,7 +66,8 @@ def tune_network_(
     on_step: OnStep | None = None,
     kept: Scratch | None = None,
 ) -> Tuned:
-    """Learn every packed linear, and every vector besides (norms, biases), by the divergence from the original.
+    """Learn every packed linear of the decoder layers, and every vector besides (norms, biases), by the divergence from
+    the original. An embedding or a head in codes takes part as it is.
 
     Args:
         predicting: the original's logits for a window by its number, (1, length, vocabulary).
@@ -89,7 +91,7 @@ def tune_network_(
             total += loss.detach().cpu()
         return total
 
-    with learning(model, weights or {}) as learned:
+    with learning(model, weights or {}, inside=tuple(f"{path}." for path in decoder_layers(model))) as learned:
         vectors = list(vectors_of(model).values())
         originals = [p.detach().clone() for p in vectors]
         tuned = _descend(
@@ -157,9 +159,12 @@ class Learned:
 
 
 @contextmanager
-def learning(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[Learned]:
-    """Within, every packed linear of the module is a learned one; afterwards they are packed again."""
-    learned = Learned(learnable(module, weights))
+def learning(module: nn.Module, weights: Mapping[str, Tensor], inside: str | tuple[str, ...] = "") -> Iterator[Learned]:
+    """Within, every packed linear of the module is a learned one; afterwards they are packed again.
+
+    inside: how the names of those that learn begin.
+    """
+    learned = Learned(learnable(module, weights, inside))
     packed = {name: module.get_submodule(name) for name in learned.linears}
     for name, linear in learned.linears.items():
         module.set_submodule(name, linear)

@@ -14,6 +14,7 @@ def check_plan(plan: Plan, graph: Graph) -> None:
     check_kept(graph, plan.kept, origin=origin)
     _check_names(plan.specs, graph.linears, origin, "linear", "needs a spec, of 16 bits where it stays as it is")
     check_fused(plan.specs, graph, origin=origin)
+    check_embeddings(plan.embeddings, graph, origin=origin)
     _check_known(plan.adapter_ranks, graph.linears, origin, "linear")
     _check_known(plan.added_biases, graph.linears, origin, "linear")
     if biased := [name for name in plan.added_biases if graph.linears[name].bias]:
@@ -35,6 +36,22 @@ def check_fused(specs: Mapping[str, QuantSpec], graph: Graph, *, origin: str = "
                 f"{origin} stores the linears of {projection.name!r} differently: {said}. "
                 f"{' and '.join(name.rpartition('.')[2] for name in found)} share a spec, because runtimes fuse them."
             )
+
+
+def check_embeddings(specs: Mapping[str, QuantSpec], graph: Graph, *, origin: str = "plan") -> None:
+    """Raises PlanError where the model has no such matrix, or it is to be stored as only linears of layers are."""
+    if unknown := [name for name in specs if name not in graph.embeddings]:
+        there = f"It can store {listed(graph.embeddings)} so" if graph.embeddings else "It has none that can be"
+        why = "".join(f"; {note}" for note in graph.notes if any(note.startswith(repr(name)) for name in unknown))
+        raise PlanError(
+            f"{origin} stores {len(unknown)} embedding(s) or head(s) in codes that the model does not have: "
+            f"{listed(unknown)}. {there}{why}."
+        )
+    if wrong := [name for name, spec in specs.items() if spec.salient or spec.activation_bits < 16]:
+        raise PlanError(
+            f"{origin} keeps salient channels of {listed(wrong)}, or rounds inputs for it: rows that are looked up "
+            "have neither. Set salient to 0 and activation_bits to 16."
+        )
 
 
 def check_salient(

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from qpruner.errors import PlanError, listed
-from qpruner.model.check import check_fused, check_salient
+from qpruner.model.check import check_embeddings, check_fused, check_salient
+from qpruner.model.embeddings import embedding_shapes
 from qpruner.model.graph import Graph, LinearSite, Stack
 from qpruner.model.packed.storage import stored_parts
 from qpruner.model.surgery import remaining, remaining_slices
@@ -172,6 +173,12 @@ def stored_tensors(
             for dim, stay in slices:
                 shape = (*shape[:dim], len(stay), *shape[dim + 1 :])
             stored[name] = (d, shape)
+    matrices = embedding_shapes(graph, plan.kept)
+    for name, spec in plan.packed_embeddings.items():
+        site, weight = graph.embeddings[name], f"{name}.weight"
+        check_shape(tensors, weight, (site.n_rows, site.width))
+        del stored[weight]
+        stored |= {f"{name}.{part}": t for part, t in weight_tensors(*matrices[name], spec, dtype).items()}
     return stored
 
 
@@ -199,6 +206,7 @@ def check_names(graph: Graph, plan: Plan) -> None:
                 f"plan for {plan.model_name!r} names {len(strangers)} {what}(s) the model does not have: "
                 f"{listed(strangers)}. Was it made for another model?"
             )
+    check_embeddings(plan.embeddings, graph, origin=f"plan for {plan.model_name!r}")
     for what, planned, known in (("group", plan.kept, graph.groups), ("linear", plan.specs, graph.linears)):
         if missing := sorted(set(known) - set(planned)):
             raise PlanError(f"plan for {plan.model_name!r} does not decide {len(missing)} {what}(s): {listed(missing)}")

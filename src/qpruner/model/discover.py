@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qpruner.errors import listed
 from qpruner.model.coupling import Coupling, Surroundings, couple
+from qpruner.model.embeddings import embedding_sites
 from qpruner.model.graph import Graph, Group, LinearSite, Projection, Stack
 from qpruner.model.mixture import expert_groups
 from qpruner.model.probe import HIDDEN_STATES, Escapes, Recording, escapes_of, record, spans
@@ -87,6 +88,7 @@ def _discover(model: nn.Module) -> Graph:
     residual, why_not = residual_group(run, sites | stacks, roles)
     if residual:
         groups[residual.name] = residual
+    embeddings, left_out = embedding_sites(model)
     notes = [f"{note} (in decoder layers {spans(layers)})" for note, layers in layers_of_note.items()]
     return Graph(
         layers=run.layers,
@@ -94,8 +96,9 @@ def _discover(model: nn.Module) -> Graph:
         groups={name: g for part in (False, True) for name, g in groups.items() if (g.kind in INNER) == part},
         projections=projections(run, sites, groups),
         stacks=stacks,
+        embeddings=embeddings,
         unreached=unreached,
-        notes=(*notes, why_not) if why_not else tuple(notes),
+        notes=(*notes, why_not, *left_out) if why_not else (*notes, *left_out),
         exchanges=escapes.exchanges,
     )
 

@@ -1,4 +1,4 @@
-"""A gate for every unit of a model in memory or streamed: what a unit gives is multiplied, weights are not touched."""
+"""A gate for every unit or layer of a model in memory or streamed: what one gives is multiplied, weights stay."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -38,4 +38,30 @@ def gated(model: nn.Module, graph: Graph, gates: Mapping[str, Tensor]) -> Iterat
     with ExitStack() as stack:
         for linear in readers:
             stack.callback(model.get_submodule(linear).register_forward_pre_hook(hook_for(linear)).remove)
+        yield
+
+
+@contextmanager
+def skippable(model: nn.Module, gates: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within, what a decoder layer adds to the hidden states is multiplied by its gate: at zero they pass it by.
+
+    Args:
+        gates: path of a decoder layer -> (); other layers stay as they are. Gradients reach them.
+    """
+
+    def hook_for(gate: Tensor):
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output):
+            before = args[0] if args else kwargs["hidden_states"]
+            after = output[0] if isinstance(output, tuple) else output
+            share = gate.to(after)
+            # At one and at zero exactly what a layer that stays and one that goes give.
+            mixed = after * share + before * (1 - share)
+            return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
+
+        return hook
+
+    with ExitStack() as stack:
+        for path, gate in gates.items():
+            hook = model.get_submodule(path).register_forward_hook(hook_for(gate), with_kwargs=True)
+            stack.callback(hook.remove)
         yield

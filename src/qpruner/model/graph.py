@@ -81,6 +81,21 @@ class Group:
 
 
 @dataclass(frozen=True)
+class EmbeddingSite:
+    """A matrix outside the decoder layers that has a row for every token.
+
+    name: path of the module that stores it. looked_up: it is the embedding. heads: other paths of linears that multiply
+    with the very same matrix.
+    """
+
+    name: str
+    n_rows: int
+    width: int
+    looked_up: bool = True
+    heads: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Projection:
     """Linears that runtimes fuse: they read the same input and belong to the same group (q, k, v; gate, up)."""
 
@@ -96,6 +111,7 @@ class Graph:
     layers: module path of every decoder layer, in order.
     linears: every linear inside the decoder layers, in the model's order.
     stacks: every 3-D parameter of stacked experts inside the decoder layers.
+    embeddings: the embedding and the head, if they can be stored in codes; one where they are tied.
     unreached: rows of a linear that no consumer was seen to depend on; they are never removed.
     notes: sentences for a person about what cannot be pruned and why.
     exchanges: sentences about what decoder layers read of each other besides hidden states; empty for most models.
@@ -106,6 +122,7 @@ class Graph:
     groups: dict[str, Group]
     projections: tuple[Projection, ...]
     stacks: dict[str, Stack] = field(default_factory=dict)
+    embeddings: dict[str, EmbeddingSite] = field(default_factory=dict)
     unreached: dict[str, tuple[int, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     exchanges: tuple[str, ...] = ()

@@ -39,6 +39,7 @@ REMEMBERED = 2**28  # bytes of a layer's activations that are kept while its lin
 LEARNED_COPIES = 6  # float32, per weight: latents, gradients, two averages of them, and what is made of them
 ROUNDED_TOGETHER = 2**22  # weights of several candidates that are rounded together
 ROUND_COPIES = 6  # of them in float32: stacked, in tiles, values, and dequantized in float64
+PACKED_BYTES, PACKED_TILE = 4, 2**26  # for each weight of a matrix that is rounded at once, and for a part of it
 EXPERT_MOMENTS = 2**30  # bytes of the moments of experts that are summed up at the same time
 ARENA, LIBRARIES = 96 * 2**20, 256 * 2**20  # what the allocator keeps besides; peft, the trainer and botorch
 
@@ -109,6 +110,8 @@ class Work:
     training_tokens: int  # in one batch
     refits: Refit | None = None  # the largest
     rounds: Rounds | None = None  # the largest
+    packs_embeddings: bool = False
+    tries: bool = False  # plans, with weights swapped in
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,7 @@ class Sizes:
         self.matrix = max((elements(n) for names in inside for n in names), default=0)
         outside = [n for n in tensors if not n.startswith(tuple(f"{path}." for path in graph.layers))]
         self.ends = max(map(elements, outside), default=0)  # embedding and head are not there at the same time
+        self.ends_stored = max((tensor_bytes(tensors[n]) for n in outside), default=0)
         self.all = sum(map(elements, tensors))
         layers, ends = range(len(inside)), lambda sites, i: sum(s.d_in + s.d_out for s in sites if s.layer == i)
         widths = [ends(graph.linears.values(), i) for i in layers]
@@ -191,11 +195,13 @@ def walks_beside(work: Work) -> bool:
 
 
 WHOLE = "search and recovery"
+TRIAL_BYTES = 2**29  # that trials keep of weights in codes once they are decoded, and again of hidden states
 LESS = {  # what takes less memory, by stage
     "reconstruction": "set reconstruction to none: two layers and the moments of their widest linear are in memory",
     "rounding": "set rounding to nearest: layers and the moments of their widest linears are in memory",
     "importance": "use shorter windows, or the score `vector`, which keeps no gradient of a weight",
-    WHOLE: "use a recipe that never needs the whole pruned model at once: [allocation=mutual-information,steps=0]",
+    WHOLE: "use a recipe that never needs the whole model at once: [allocation=mutual-information,steps=0]; of a joint "
+    "search [gate_steps=0,network_steps=0]",
 }
 
 
@@ -229,6 +235,9 @@ def stages_of(sizes: Sizes, work: Work, hidden_size: int, *, resident: bool) -> 
         stages["mutual information"] = max(forward, tail) + sizes.n_units * min(n_windows, 32) * 256 * 64 * 4
     if work.quantizes and work.whole_bytes is None:
         stages["quantizing"] = weights * 4 // item + LOFTQ_COPIES * sizes.matrix * 4
+    if work.packs_embeddings:
+        rounding = sizes.ends_stored + PACKED_BYTES * sizes.ends + PACKED_TILE
+        stages["embeddings"] = (weights if resident else 0) + rounding
     if work.refits is not None:
         both = 2 * weights + (sizes.all * 2 if resident else 0)  # refitted weights wait in memory, or on disk
         ends = (sizes.widths + sizes.expert_widths) * item + 4 * (work.refits.d_out + work.refits.k)
@@ -246,6 +255,8 @@ def stages_of(sizes: Sizes, work: Work, hidden_size: int, *, resident: bool) -> 
             )
             rounding = max(rounding, learning)
         stages["rounding"] = models + through + rounding + states(4) + (work.whole_bytes or 0)
+    if work.tries:
+        stages["trials"] = max(forward, tail) + 2 * TRIAL_BYTES
     if work.whole_bytes is not None:
         training = work.training_tokens * 4 * (TRAINING_COPIES * sizes.all_widths + LOGIT_COPIES * work.vocabulary)
         stages[WHOLE] = work.whole_bytes + LIBRARIES + max(training, LOFTQ_COPIES * sizes.matrix * 4)

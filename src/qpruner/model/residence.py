@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from qpruner.model.packed.embedding import PackedEmbedding
 from qpruner.model.packed.storage import EXACT
 from qpruner.model.skeleton import decoder_layers
 from qpruner.model.tensors import Tensors
@@ -39,7 +40,9 @@ class Residence:
         self._here: set[str] = set()
         wide = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
         self._wide = [part for key in wide for part in getattr(model, key, None) or ()]
-        for module in model.modules():
+        for path, module in model.named_modules():
+            if isinstance(module, PackedEmbedding):
+                module.to(self._dtype_of(path))  # of what it looks up
             for name, buffer in module.named_buffers(recurse=False):
                 if not buffer.is_meta:
                     module._buffers[name] = buffer.to(device)
@@ -92,9 +95,16 @@ class Residence:
                 pass
         return self.model
 
+    def _dtype_of(self, name: str) -> torch.dtype:
+        wide = any(part in name for part in self._wide)
+        return torch.promote_types(self._dtype, torch.float32) if wide else self._dtype
+
     def _standing(self, module: nn.Module) -> list[Tensor]:
-        path = next(name for name, m in self.model.named_modules() if m is module)
-        return [tensor for name, tensor in self._away.items() if name.startswith(f"{path}.")]
+        # A packed head shares the buffers of the embedding, which stores them.
+        paths = tuple(
+            f"{name}." for name, m in self.model.named_modules() if m is module or m._buffers is module._buffers
+        )
+        return [tensor for name, tensor in self._away.items() if name.startswith(paths)]
 
     def _inside(self, i: int) -> list[str]:
         return [name for name in self._away if name.startswith(f"{self._layers[i]}.")]
@@ -112,8 +122,7 @@ class Residence:
         while tensors:  # each stored form goes as soon as it was converted
             name, tensor = tensors.popitem()
             if tensor.is_floating_point() and not name.endswith(EXACT):
-                wide = any(part in name for part in self._wide)
-                tensor = tensor.to(torch.promote_types(self._dtype, torch.float32) if wide else self._dtype)
+                tensor = tensor.to(self._dtype_of(name))
             tensor = tensor.to(self._device)
             if isinstance(self._away[name], nn.Parameter):
                 tensor = nn.Parameter(tensor, requires_grad=False)

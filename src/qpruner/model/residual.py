@@ -147,6 +147,8 @@ def fault_of(skeleton: nn.Module) -> str:
     """What a model without weights raises on a few tokens, with zeros in their place; empty for nothing."""
     parameters = skeleton.named_parameters(remove_duplicate=False)
     zeros = {name: torch.zeros(()).expand(p.shape) for name, p in parameters}  # of no memory
+    meta = {name: b for name, b in skeleton.named_buffers() if b.is_meta}  # codes of what is packed
+    zeros |= {name: torch.zeros((), dtype=b.dtype).expand(b.shape) for name, b in meta.items()}
     skeleton.config._experts_implementation = "eager"
     ids = torch.arange(3, 3 + TOKENS)[None]
     try:

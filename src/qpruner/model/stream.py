@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,7 @@ class Stream:
         device: torch.device | str = "cpu",
         resident: bool = False,
     ):
-        self.model, self.tensors, self.device = model, tensors, torch.device(device)
+        self.model, self.tensors, self.device, self.dtype = model, tensors, torch.device(device), dtype
         self.n_layers = len(decoder_layers(model))
         layers = [model.get_submodule(path) for path in decoder_layers(model)]
         self._residence = Residence(model, tensors, dtype=dtype, device=self.device, keep=resident)
@@ -120,6 +121,7 @@ class Stream:
         ids: Tensor,
         scratch: Scratch,
         *,
+        labels: Tensor | None = None,
         watch: Watch | None = None,
         batch_size: int = 1,
         on_layer: OnLayer | None = None,
@@ -127,6 +129,7 @@ class Stream:
         """The mean loss of every window, back through all layers; `scratch` keeps the losses as its result `loss`.
 
         Args:
+            labels: tokens that are to be predicted, each at its place in the window; the text itself by default.
             batch_size: windows that go through a layer together, where the sum of their gradients will do.
             watch: is entered for a layer before the windows go through it with gradients, in order; it may hook into
                 the layer's modules and have its weights require gradients.
@@ -134,7 +137,7 @@ class Stream:
         with torch.inference_mode(False):
             walk = _Walk(self, ids, scratch, batch_size, on_layer, n_steps=2 * self.n_layers)
             walk.forward(_unwatched, keep_inputs=True)
-            walk.loss()
+            walk.loss(ids if labels is None else labels)
             walk.backward(watch or _unwatched)
         return Results(scratch, tuple(f"backward-{i}" for i in range(self.n_layers)))
 
@@ -165,6 +168,25 @@ class Stream:
         """The model with all its weights in memory."""
         return self._residence.fill()
 
+    # --- by hand ------------------------------------------------------------------------------------------------------
+
+    def ends(self, side: Literal["before", "after", "both"]) -> AbstractContextManager[None]:
+        """Within, weights outside the decoder layers are in memory: `before` all but the head, `after` but the
+        embedding."""
+        return self._residence.ends(side)
+
+    def before(self, rows: Tensor) -> tuple[Tensor, list[Arguments]]:
+        """Of one batch: the hidden states that reach the first layer, and the other arguments of every layer."""
+        return self._stage.before(rows)
+
+    def run(self, i: int, hidden: Tensor, arguments: Arguments) -> Tensor:
+        """What a layer that `layers` has just given returns."""
+        return self._stage.run(i, hidden, arguments)
+
+    def after(self, rows: Tensor, hidden: Tensor) -> Tensor:
+        """Logits for what the last layer returns."""
+        return self._stage.after(rows, hidden).logits
+
 
 class _Walk:
     """One pass, taken up where an earlier one with the same scratch stopped."""
@@ -194,7 +216,7 @@ class _Walk:
         for i, layer in self._residence.layers(order):
             yield Step(self, i, layer)
 
-    def loss(self) -> None:
+    def loss(self, labels: Tensor) -> None:
         """The gradient of each window's loss at what the last layer returns."""
         if self._scratch.finished("loss"):
             return
@@ -202,7 +224,8 @@ class _Walk:
         with self._residence.ends("after"), torch.enable_grad():
             for first, rows in self._batches:
                 hidden = self._get(f"hidden-{self._n_layers}", first, len(rows)).requires_grad_()
-                loss = self._stage.after(rows, hidden.clone(), labels=rows.to(self._device)).loss
+                wanted = labels[first : first + len(rows)].to(self._device)
+                loss = self._stage.after(rows, hidden.clone(), labels=wanted).loss
                 (loss * len(rows)).backward()  # windows are of one length, so this is the sum of their means
                 losses.append(loss.detach().cpu())
                 self._scratch.put(f"gradient-{self._n_layers}", first, hidden.grad)

@@ -67,17 +67,19 @@ class Whole:
         ids: Tensor,
         scratch: Scratch,
         *,
+        labels: Tensor | None = None,
         watch: Watch | None = None,
         batch_size: int = 1,
         on_layer: OnLayer | None = None,
     ) -> Results:
+        wanted = ids if labels is None else labels
         names = [f"backward-{i}" for i in range(self.n_layers)]
 
         def run() -> None:
             losses = []
-            for _, rows in batches(ids, batch_size):
-                rows = rows.to(self.device)
-                loss = self.model(input_ids=rows, labels=rows, use_cache=False).loss
+            for first, rows in batches(ids, batch_size):
+                aims = wanted[first : first + len(rows)].to(self.device)
+                loss = self.model(input_ids=rows.to(self.device), labels=aims, use_cache=False).loss
                 (loss * len(rows)).backward()
                 losses.append(loss.detach().cpu())
             scratch.finish("loss", {"loss": torch.stack(losses)})

@@ -65,13 +65,17 @@ class LearnedLinear(nn.Linear):
         return PackedLinear.from_rounded(grids.Rounded(codes, scales, steps, self.zeros), self.bias, self.spec)
 
 
-def learnable(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, LearnedLinear]:
+def learnable(
+    module: nn.Module, weights: Mapping[str, Tensor], inside: str | tuple[str, ...] = ""
+) -> dict[str, LearnedLinear]:
     """For every packed linear inside, also the two of a split one, what takes its place for learning.
 
-    weights: what linears stand for, by name, where that is known.
+    weights: what linears stand for, by name, where that is known. inside: how the names begin that are looked at.
     """
     found, columns = {}, {}
     for name, inner in module.named_modules():
+        if not name.startswith(inside):
+            continue
         if isinstance(inner, SplitLinear):
             columns[f"{name}.rest"] = others(inner.salient, inner.in_features)
             columns[f"{name}.high"] = inner.salient.long()
@@ -85,8 +89,8 @@ def learnable(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Lea
 
 def vectors_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """Norms and whatever else is one number per channel, by name; biases of quantized linears are stored with these."""
-    inside = tuple(
+    packed = tuple(
         f"{n}." for n, m in model.named_modules() if isinstance(m, PackedLinear | SplitLinear | LearnedLinear)
     )
     named = model.named_parameters()
-    return {n: p for n, p in named if p.dim() == 1 and p.is_floating_point() and not n.startswith(inside)}
+    return {n: p for n, p in named if p.dim() == 1 and p.is_floating_point() and not n.startswith(packed)}

@@ -25,12 +25,13 @@ class PackedLinear(nn.Linear):
     `weight` is not a parameter but a flat view of the stored bytes: it says where the layer lives, and fits no product.
 
     Products may put codes, scales and zeros into another order, in place: see `arranged`. Whatever asks for one of
-    them, for the state or for a copy gets the stored order back.
+    them, for the state or for a copy gets the stored order back. Those that are shared stay in it.
     """
 
     _is_hf_initialized = True  # there is nothing that transformers could initialize
     _arranged: Arranged | None = None
     _misfit: Tensor | None = None
+    shares: bool = False  # its buffers with others, of which one stores them under its name
 
     def __init__(self, parts: dict[str, Tensor], bias: Tensor | None, spec: QuantSpec, in_features: int):
         """parts: what `stored_parts` names."""
@@ -91,6 +92,17 @@ class PackedLinear(nn.Linear):
         }
         return cls(parts, torch.empty(d_out, dtype=dtype, device=device) if bias else None, spec, d_in)
 
+    def sharing(self, bias: Tensor | None) -> "PackedLinear":
+        """Another linear that has the very buffers of this one, and its own bias. It stores nothing but the bias."""
+        self.restore_()
+        self.shares = True
+        other = PackedLinear(
+            {n: t for n, t in self._buffers.items() if t is not None}, bias, self.spec, self.in_features
+        )
+        other.shares, other._buffers = True, self._buffers  # one dictionary: who replaces a buffer does it for all
+        other._non_persistent_buffers_set = set(self._buffers)
+        return other
+
     @property
     def weight(self) -> Tensor:
         """The stored bytes, flat."""
@@ -110,7 +122,7 @@ class PackedLinear(nn.Linear):
 
     @property
     def arrangeable(self) -> bool:
-        if not fits(self.spec, self.out_features, self.in_features) or self.scales is self._misfit:
+        if self.shares or not fits(self.spec, self.out_features, self.in_features) or self.scales is self._misfit:
             return False
         if not scales_fit(self.scales):
             self._misfit = self.scales  # looked through once
@@ -205,6 +217,8 @@ class PackedLinear(nn.Linear):
         return None if self.zeros is None else packing.unpack(self.zeros[rows], self.spec.bits, n)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():  # from code that gives inputs the dtype of the weight, which is bytes here
+            raise TypeError(f"a packed linear takes inputs of floating point, not of {x.dtype}")
         # A CPU has no float16 arithmetic of its own: it is slow there, and sums in float16 in places.
         wide = torch.float32 if x.dtype == torch.float16 and x.device.type == "cpu" else x.dtype
         y = product(x.to(wide), self)
