@@ -72,7 +72,7 @@ def uniform(choices: Choices) -> Levels:
     Every unit at the highest level that fits all; what is left raises units that are spread evenly over the depth.
     """
     fitting = np.flatnonzero(choices.sizes_bytes.sum(axis=0) <= choices.limit_bytes)
-    return fill((int(fitting[-1]),) * len(choices.units), choices, _spread(len(choices.units)))
+    return fill((int(fitting[-1]),) * len(choices.units), choices, spread(len(choices.units)))
 
 
 def random(choices: Choices) -> Levels:
@@ -91,8 +91,8 @@ def mutual_information(choices: Choices) -> Levels:
     information = _measured(choices, "information").clip(min=0)
     gains = information[:, None] * np.log2(np.array(choices.bits, dtype=float))
     levels = choose(gains, choices.sizes_bytes, choices.limit_bytes)
-    spread = _spread(len(choices.units))
-    return fill(levels, choices, spread[np.argsort(-information[spread], kind="stable")])
+    even = spread(len(choices.units))
+    return fill(levels, choices, even[np.argsort(-information[even], kind="stable")])
 
 
 def sensitivity(choices: Choices) -> Levels:
@@ -158,7 +158,7 @@ def _raised(rows: np.ndarray, choices: Choices, orders: np.ndarray) -> np.ndarra
     return rows
 
 
-def _spread(n: int) -> np.ndarray:
+def spread(n: int) -> np.ndarray:
     """0..n-1 so ordered that every beginning lies evenly over the range: by the reversed binary digits."""
     digits = max(1, (n - 1).bit_length())
     return np.array(sorted(range(n), key=lambda i: int(f"{i:0{digits}b}"[::-1], 2)))

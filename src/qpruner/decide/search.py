@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from qpruner.decide.allocate import Choices, Levels, repair_rows
-from qpruner.errors import BudgetError, MissingExtraError
+from qpruner.decide.surrogate import need_botorch
+from qpruner.errors import BudgetError
 from qpruner.math.knapsack import choose
 from qpruner.math.pareto import front
 
@@ -83,7 +84,7 @@ def search(
         MissingExtraError: BoTorch is not installed.
         ValueError: a start or a journal does not belong to these choices.
     """
-    _botorch()  # a missing extra is better known before the first evaluation than after it
+    need_botorch()  # a missing extra is better known before the first evaluation than after it
     return _run(_by_acquisition, choices, evaluate, starts, n_trials, seed, journal, on_trial)
 
 
@@ -232,7 +233,7 @@ class _Surrogate:
     """A Gaussian process fitted to the trials: its posterior mean, and the logarithm of the expected improvement."""
 
     def __init__(self, choices: Choices, trials: Sequence[Trial], *, seed: int):
-        _botorch()
+        need_botorch()
         import torch
         from botorch.exceptions.errors import ModelFittingError
         from botorch.fit import fit_gpytorch_mll
@@ -293,16 +294,3 @@ def _quiet():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Negative variance values detected")
         yield
-
-
-def _botorch() -> None:
-    """Import BoTorch, or say how to get it."""
-    try:
-        with warnings.catch_warnings():
-            # linear_operator still decorates with torch.jit.script, which newer versions of torch deprecate.
-            warnings.filterwarnings("ignore", message=r"`torch\.jit", category=DeprecationWarning)
-            import botorch  # noqa: F401
-    except ImportError:
-        raise MissingExtraError(
-            "the search needs BoTorch, which is not installed: pip install 'qpruner[search]'"
-        ) from None
