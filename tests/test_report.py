@@ -45,8 +45,9 @@ from qpruner.report import (
 )
 from qpruner.report.canvas import DARK
 from qpruner.report.charts import CHARTS
+from qpruner.report.document import json_text
 from qpruner.report.facts import bytes_text, label
-from qpruner.report.page import NUMBERS, SECTIONS, _json
+from qpruner.report.page import NUMBERS, SECTIONS
 
 PROJECTIONS = {
     "self_attn.q_proj, k_proj, v_proj": 4,
@@ -523,7 +524,7 @@ def test_names_cannot_write_html(facts):
 
 
 def test_json_cannot_end_its_script_element():
-    text = _json({"a": "</script><!-- & \u2028"})
+    text = json_text({"a": "</script><!-- & \u2028"})
     assert not set("<>&") & set(text) and json.loads(text) == {"a": "</script><!-- & \u2028"}
 
 

@@ -27,6 +27,8 @@ from qpruner.report.facts import (
     summarise_scores,
     title,
 )
+from qpruner.report.joint import JointFacts
+from qpruner.report.joint_page import joint_page, section
 from qpruner.report.page import page, text_table
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "Fusion",
     "Importance",
     "Information",
+    "JointFacts",
     "Layer",
     "LossPoint",
     "Metric",
@@ -54,7 +57,9 @@ __all__ = [
     "all_warnings",
     "before_after",
     "charts",
+    "joint_page",
     "page",
+    "section",
     "summarise_scores",
     "text_table",
     "title",

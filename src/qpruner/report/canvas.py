@@ -18,6 +18,7 @@ BLUE, ORANGE, GREEN, GOLD, PINK = "#0072b2", "#d55e00", "#009e73", "#c98a00", "#
 BITS = {2: "#e3eef5", 3: "#c9dfed", 4: "#a3cae2", 8: "#3787bd", 16: "#0b4674"}  # darker is more
 DEPTH = ("#0d0887", "#5b02a3", "#9a179b", "#cb4679", "#ea7457", "#d99b16")  # first layers to last
 HEAT = ("#f4f5f7", "#f7c899", "#d9650b", "#6e2a00")
+KEPT = ("#f2f5f4", "#b5dccc", "#57b592", "#0c6b4e")  # more is darker
 
 DARK = {
     **{INK: "#e4e7eb", MUTED: "#9aa5b1", RULE: "#2c343c", FAINT: "#4b5661"},
@@ -25,6 +26,7 @@ DARK = {
     **dict(zip(BITS.values(), ("#1c2b38", "#203c53", "#285a80", "#4c9ad3", "#c2e3fb"), strict=True)),
     **dict(zip(DEPTH, ("#8088ff", "#a078f5", "#c866d4", "#e57099", "#f79a66", "#f5cf57"), strict=True)),
     **dict(zip(HEAT, ("#20262c", "#6b3d17", "#e98838", "#ffe4c2"), strict=True)),
+    **dict(zip(KEPT, ("#1f2725", "#1f4f40", "#2f8f70", "#a9f0d6"), strict=True)),
 }
 CATEGORICAL = ((BLUE, "circle"), (ORANGE, "square"), (GREEN, "diamond"), (PINK, "triangle-up"), (GOLD, "cross"))
 PART_COLOURS = {"linears": BLUE, "embeddings": GREEN, "other": PINK, "adapters": ORANGE, "headers": MUTED}
@@ -83,6 +85,25 @@ def blank_figure(height: int, rows: int = 1, cols: int = 1, **subplots) -> "Figu
 def as_text(name: str) -> str:
     """plotly reads a little HTML in its texts; names are shown as they are."""
     return escape(name, quote=False)
+
+
+def bits_step(bits: int) -> int:
+    """The key of `BITS` whose colour so many bits have."""
+    return next((step for step in BITS if bits <= step), max(BITS))
+
+
+def colour_scale(colours: Sequence[str]) -> list[list]:
+    return [[i / (len(colours) - 1), colour] for i, colour in enumerate(colours)]
+
+
+def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """At most so many round numbers for a logarithmic axis; both its ends where it is too short for two of them."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), (1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5), (1, 3), (1,)):
+        ticks = [t for d in decades for m in digits if low <= (t := float(f"{m}e{d}")) <= high]
+        if len(ticks) <= most:
+            return ticks if len(ticks) > 1 else [low, high]
+    return ticks[:: math.ceil(len(ticks) / most)]
 
 
 def layer_axis(figure: "Figure", layers) -> "Figure":

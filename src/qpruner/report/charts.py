@@ -16,6 +16,7 @@ from qpruner.report.canvas import (
     PART_COLOURS,
     as_text,
     blank_figure,
+    colour_scale,
     layer_axis,
     marks_by_linear,
     require_plotly,
@@ -169,7 +170,7 @@ def _draw_sensitivities(facts: Facts) -> "Figure":
         coloraxis=dict(
             cmin=min(0.0, *finite, 0.0),
             cmax=max(*finite, 1e-9, 0.0),
-            colorscale=[[i / (len(HEAT) - 1), colour] for i, colour in enumerate(HEAT)],
+            colorscale=colour_scale(HEAT),
             colorbar=dict(
                 **bar, title=dict(text="nats/token", font=dict(color=MUTED, size=12)), tickfont=dict(color=MUTED)
             ),

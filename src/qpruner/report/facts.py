@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
@@ -24,6 +24,31 @@ class Value(PlanValue):
     """As the plan's values, and a number that is not finite (the perplexity of a broken model) survives JSON."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class Saved(Value):
+    """Facts that are kept in a file of their own."""
+
+    def to_json(self) -> str:
+        return json.dumps(json.loads(self.model_dump_json()), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, origin: str = "the text") -> Self:
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "the file"
+            raise OutputError(
+                f"{origin} does not hold the facts of a run: {first['msg']} at {place!r} "
+                f"({error.error_count()} in all). Delete it and run the same command again."
+            ) from None
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        if not path.is_file():
+            raise OutputError(f"there are no facts of a run at {path}")
+        return cls.from_json(path.read_text(encoding="utf-8"), origin=str(path))
 
 
 class Memory(Value):
@@ -96,7 +121,10 @@ class Layer(Value):
 
 
 class ProjectionBits(Value):
-    """How one projection is stored. parameters: weights after the cuts. size_bytes: codes, scales and biases."""
+    """How one projection is stored. parameters: weights after the cuts. size_bytes: codes, scales and biases.
+
+    layer: -1 for the embedding and the head.
+    """
 
     name: str
     layer: int
@@ -321,7 +349,7 @@ class Stage(Value):
     seconds: float
 
 
-class Facts(Value):
+class Facts(Saved):
     """Everything in a report.
 
     budget: as the user wrote it. versions: of Python and packages. machine: processor, memory, accelerator, in words.
@@ -344,6 +372,7 @@ class Facts(Value):
     protocol: str
     layers: tuple[Layer, ...]
     projections: tuple[ProjectionBits, ...]
+    embeddings: tuple[ProjectionBits, ...] = ()
     importance: tuple[Importance, ...] = ()
     fusion: Fusion | None = None
     reconstruction: tuple[Refitted, ...] = ()
@@ -368,27 +397,6 @@ class Facts(Value):
         here = [p for p in self.projections if p.layer == layer]
         parameters = sum(p.parameters for p in here)
         return 8 * sum(p.size_bytes for p in here) / parameters if parameters else None
-
-    def to_json(self) -> str:
-        return json.dumps(json.loads(self.model_dump_json()), indent=1) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str, *, origin: str = "the text") -> "Facts":
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "the file"
-            raise OutputError(
-                f"{origin} does not hold the facts of a run: {first['msg']} at {place!r} "
-                f"({error.error_count()} in all). Delete it and run the same command again."
-            ) from None
-
-    @classmethod
-    def read(cls, path: Path) -> "Facts":
-        if not path.is_file():
-            raise OutputError(f"there are no facts of a run at {path}")
-        return cls.from_json(path.read_text(encoding="utf-8"), origin=str(path))
 
 
 def all_warnings(facts: Facts) -> tuple[str, ...]:
@@ -461,6 +469,13 @@ def _with_error(value: float | None, error: float | None, decimals: int) -> str:
         return NONE
     text = _minus(f"{value:,.{decimals}f}") if math.isfinite(value) else "not finite"
     return text if error is None or not math.isfinite(value) else f"{text} ± {error:,.{decimals}f}"
+
+
+def measured_text(value: float, error: float | None = None) -> str:
+    """0.04123, 0.0012 -> '0.0412 ± 0.0012': two digits of the error, of the value as many decimals or three digits."""
+    if not error or not math.isfinite(error):
+        return _with_error(value, None, _decimals(value, 3))
+    return _with_error(value, error, _decimals(error, 2))
 
 
 def _change(m: Metric, values: Sequence[float | None], decimals: int | None) -> str:

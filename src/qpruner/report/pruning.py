@@ -13,6 +13,7 @@ from qpruner.report.canvas import (
     KINDS,
     ORANGE,
     as_text,
+    bits_step,
     blank_figure,
     layer_axis,
     legend_square,
@@ -68,7 +69,7 @@ def _add_bits(figure: "Figure", facts: Facts, labels: list[str], row: int) -> No
     cell = {(label(p.name), p.layer): p for p in facts.projections}
     layers = sorted({p.layer for p in facts.projections})
     rows = [[cell.get((name, layer)) for layer in layers] for name in labels]
-    step_of = lambda bits: next((i for i, s in enumerate(steps) if bits <= s), len(steps) - 1)
+    step_of = lambda bits: steps.index(bits_step(bits))
     edges = [(i / len(steps), (i + 1) / len(steps)) for i in range(len(steps))]
     figure.add_heatmap(
         row=row,

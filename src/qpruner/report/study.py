@@ -8,7 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from qpruner.report.canvas import CATEGORICAL, INK, MUTED, blank_figure, require_plotly
-from qpruner.report.page import Numbers, document, drawing, html_table
+from qpruner.report.document import Numbers, document, drawing, html_table
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -5,6 +5,8 @@ from collections import Counter
 from rich.markup import escape
 from rich.table import Table
 
+from qpruner.report.joint import LIMITS_HEAD, JointFacts, joint_title, limit_rows
+
 
 def inspection_table(found: dict) -> Table:
     """Groups of a model, alike layers in one row, and what a recipe would leave of it."""
@@ -53,3 +55,14 @@ def study_table(
 
 def _text(value) -> str:
     return f"{value:.6g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def limits_table(facts: JointFacts) -> Table:
+    """What a joint search found for each limit, and how to make it."""
+    table = Table(title=escape(joint_title(facts)), title_justify="left")
+    for name in LIMITS_HEAD:
+        table.add_column(name)
+    for row in limit_rows(facts):
+        table.add_row(*map(escape, row))
+    table.caption = "\n".join(escape(limit.command) for limit in facts.limits if limit.command) or None
+    return table
