@@ -5,6 +5,7 @@ import torch
 from tiny import tiny
 from tiny_stream import streamed
 
+from qpruner.decide.columns import mean_squares
 from qpruner.decide.grams import measure_grams
 from qpruner.math.gram import add_gram_
 from qpruner.model.discover import discover
@@ -20,6 +21,17 @@ def test_batches_add_up_to_one_batch(rand):
         add_gram_(G, part)
     torch.testing.assert_close(G, X.T @ X)
     assert (torch.linalg.eigvalsh(G) > -1e-12).all()
+
+
+def test_mean_squares_of_inputs_are_the_diagonals():
+    model = tiny("llama")
+    graph = discover(model)
+    grams = measure_grams(streamed(model), graph, graph.linears, IDS, scratch=Scratch())
+    squares = mean_squares(streamed(model), IDS)
+    assert squares.keys() == graph.linears.keys()
+    for layer in grams:
+        for name, G in layer.items():
+            torch.testing.assert_close(squares[name], G.diagonal() / IDS.numel())
 
 
 def test_products_of_half_precision_inputs_do_not_overflow():
