@@ -1,5 +1,9 @@
-"""The model that all peers get: whole groups in every linear, the same function, and only linears of decoder layers."""
+"""The model that all peers get: whole groups in every linear, the same function, and only linears of decoder layers.
 
+Bytes that a target is compared with are those of the model as it was before.
+"""
+
+import json
 from pathlib import Path
 
 import pytest
@@ -33,3 +37,21 @@ def test_padding_gives_whole_groups_and_changes_no_logit(inputs, family, tmp_pat
     assert all(m.in_features % 32 == 0 for m in layers.values())
     assert again.get_output_embeddings() not in layers.values()
     assert inputs.pad(model, 32) == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_channels_of_zeros_cost_nothing(inputs, family, tmp_path):
+    import peer
+
+    model = tiny_model(tiny_config(family))
+    dense_bytes = 2 * sum(p.numel() for p in model.parameters())
+    before = peer.linears(model)
+    codes_and_scales = {
+        name: sum(-(-m.in_features // 32) * 16 + m.in_features * 3 for _ in range(m.out_features)) // 8
+        for name, m in before.items()
+    }
+    (tmp_path / "inputs.json").write_text(json.dumps({"padded_channels": inputs.pad(model, 32)}))
+    sizes = peer.Sizes.of(model, tmp_path)
+    assert sizes.dense_bytes == sizes.whole_bytes(lambda name, rows, columns: 2 * rows * columns) == dense_bytes
+    in_three_bits = sizes.whole_bytes(lambda name, rows, columns: peer.linear_bytes(rows, columns, 3, 32, 16))
+    assert in_three_bits == sizes.rest_bytes + sum(codes_and_scales.values())

@@ -125,6 +125,8 @@ def test_a_journal_continues_after_a_torn_line(tmp_path):
 def test_a_journal_of_other_inputs_starts_empty(tmp_path):
     Journal(tmp_path / "trials.jsonl", {"x": 1}).append({"number": 0})
     assert Journal(tmp_path / "trials.jsonl", {"x": 2}).lines == []
+    kept = (tmp_path / "trials.before.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in kept[1:]] == [{"number": 0}]
 
 
 def test_digests_do_not_depend_on_the_order_of_keys():

@@ -7,23 +7,28 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qpruner import __version__, matrix
 from qpruner import recipe as recipes
 from qpruner.decide import widths
-from qpruner.errors import MemoryLimitError, OutputError
+from qpruner.errors import BudgetError, MemoryLimitError, OutputError
 from qpruner.files import write_text
+from qpruner.joint.points import counts_for
 from qpruner.judge import loss as judge
 from qpruner.model import corpus, cost, load, memory
 from qpruner.model.scratch import Scratch
 from qpruner.plan import Budget
-from qpruner.prepare import Prepared, bytes_of, limit_of, prepare, require_weights
+from qpruner.prepare import Prepared, bytes_of, check_output, limit_of, prepare, require_weights
 from qpruner.progress import OnProgress, silent
 from qpruner.recipe import Recipe
 from qpruner.report.facts import Facts
 from qpruner.run import Run, digest_of
-from qpruner.shape import any_layers, evaluation_batch, forecast_for, shape_of, widths_for
+from qpruner.shape import any_layers, evaluation_batch, forecast_for, shape_of
 from qpruner.study import study as run_study
+
+if TYPE_CHECKING:
+    from qpruner.joint.past import Front
 
 
 @dataclass(frozen=True)
@@ -43,12 +48,16 @@ def compress(
     budget: str,
     output: str | Path,
     *,
-    recipe: str | Recipe = "qpruner",
+    recipe: str | Recipe | None = None,
+    from_run: str | Path | None = None,
+    target: str | None = None,
     calibration: str | Path | None = None,
     search_text: str | Path | None = None,
     evaluation: str | Path | None = None,
     trials: int | None = None,
-    seed: int = 0,
+    workers: int = 0,
+    ray: str | None = None,
+    seed: int | None = None,
     shared: Path | None = None,
     memory_limit: str | None = None,
     measure_speed: bool = True,
@@ -62,9 +71,14 @@ def compress(
         model: a folder, a hub name, or `pystdlib-5M`, the bundled model.
         budget: `50%` of the 16-bit bytes, `3.5GiB`, or `4.5bpw`; covers every stored tensor, adapters included.
         output: the artifact's folder, complete or absent. The run is kept in OUTPUT.run; the same call continues it.
-        recipe: a recipe, or the name or file of one, with changes if wanted: `qpruner[steps=50]`.
+        recipe: a recipe, or the name or file of one, with changes if wanted: `qpruner[steps=50]`. Default: `auto`.
+        from_run: the folder of a finished `search`: its plan for this budget is carried out. Recipe, texts and seed are
+            then those of the search.
+        target: what has to load the result, in place of the recipe's.
         calibration, search_text, evaluation: files of text; see `qpruner.prepare.choose_texts` for what stands in.
-        trials: of the Bayesian optimization, in place of the recipe's number.
+        trials: of the search, in place of the recipe's number.
+        workers, ray: processes, or the address of a Ray cluster (`auto`), that evaluate trials of a joint search.
+        seed: 0 unless given.
         shared: a folder for stage results that other runs may have in common with this one.
         memory_limit: `4GiB`, for the whole process; by default what is free on the machine. A model that does not fit
             goes through layer by layer; the artifact is the same.
@@ -77,15 +91,27 @@ def compress(
     """
     from qpruner.artifact.save import write_manifest
     from qpruner.compress import carry_out
+    from qpruner.drafting import drafted
     from qpruner.facts import facts_of, manifest_of
-    from qpruner.job import Job, partial
+    from qpruner.job import Job, Places, unfinished
+    from qpruner.joint.facts import joint_facts
+    from qpruner.joint.past import Past
     from qpruner.report.page import page
 
-    chosen = recipes.load(recipe) if isinstance(recipe, str) else recipe
-    if trials is not None:
-        chosen = chosen.model_copy(update={"trials": trials})
     output = Path(output)
     texts = {"calibration": calibration, "search_text": search_text, "evaluation": evaluation}
+    past = None
+    if from_run is None:
+        chosen, seed = _recipe(recipe or "auto", trials=trials, target=target), seed or 0
+    else:
+        past = Past.open(Path(from_run))
+        past.check_same(
+            dict(
+                recipe=recipe, trials=trials, target=target, seed=seed, calibration=calibration, search_text=search_text
+            )
+        )
+        chosen, seed = past.request.recipe, past.request.seed
+        texts |= {"calibration": past.request.calibration, "search_text": past.request.search_text}
     prepared = prepare(
         model,
         budget,
@@ -96,7 +122,8 @@ def compress(
         trust_remote_code=trust_remote_code,
         **{k: v and Path(v) for k, v in texts.items()},
     )
-    request = request_of(prepared)
+    check_output(prepared)
+    request = request_of(prepared) | ({} if past is None else {"search": past.digest})
     run_folder = output.with_name(output.name + ".run")
     report = run_folder / "report.html"
     if load.is_artifact(output):
@@ -107,15 +134,87 @@ def compress(
         forecast = prepared.forecast
         run.event("start", request=digest_of(request), memory=forecast.stages, resident=forecast.resident)
         on_progress(str(forecast), 1, 1)
-        prepared, decided, measured = carry_out(Job(prepared, run, on_progress, measure_speed, measure_kl))
+        job = Job(prepared, run, on_progress, measure_speed, measure_kl, places=Places(workers, ray))
+        prepared, decided, measured = carry_out(job, drafted if past is None else past.drafted)
         command = _command(model, budget, output, chosen.name, seed, texts | {"trials": trials}, trust_remote_code)
         facts = facts_of(prepared, decided, measured, command=command, seconds=run.seconds())
-        write_manifest(partial(output), manifest_of(prepared, decided, measured, request))
+        joint = None
+        if decided.searched is not None:
+            asked = ([budget], command, None) if past is None else past.asked
+            joint = joint_facts(job, decided.searched, asked[0], command=asked[1], folder=asked[2])
+        write_manifest(unfinished(output), manifest_of(prepared, decided, measured, request))
         write_text(run_folder / "facts.json", facts.to_json())
-        write_text(report, page(facts))
-        os.replace(partial(output), output)
+        write_text(report, page(facts, joint))
+        os.replace(unfinished(output), output)
         run.event("done")
     return Result(output, report, facts)
+
+
+def search(
+    model: str,
+    budgets: Sequence[str],
+    output: str | Path,
+    *,
+    recipe: str | Recipe = "auto",
+    target: str | None = None,
+    calibration: str | Path | None = None,
+    search_text: str | Path | None = None,
+    trials: int | None = None,
+    controls: Sequence[str] = (),
+    workers: int = 0,
+    ray: str | None = None,
+    seed: int = 0,
+    memory_limit: str | None = None,
+    trust_remote_code: bool = False,
+    on_progress: OnProgress = silent,
+) -> "Front":
+    """Search widths, layers and bits together, for several budgets at once; the same call continues it.
+
+    `compress(..., from_run=output)` then makes any point of the front, or any other between.
+
+    Args:
+        budgets: as for `compress`, at least one.
+        output: the search's folder.
+        recipe: one with `allocation: joint`.
+        controls: other ways to search for comparison, of as many trials: see `qpruner.joint.stages.CONTROLS`.
+        the others: as for `compress`.
+    Raises:
+        QPrunerError: the request or its input cannot be served; nothing was written.
+    """
+    from qpruner.job import Job, Places
+    from qpruner.joint.past import Request, finish, require_joint
+    from qpruner.joint.stages import searched
+
+    chosen, output = _recipe(recipe, trials=trials, target=target), Path(output)
+    require_joint(chosen, controls)
+    texts = {name: text and Path(text) for name, text in (("calibration", calibration), ("search_text", search_text))}
+    source = load.inspect_source(model, trust_remote_code=trust_remote_code)
+    require_weights(source)
+    limits = {text: limit_of(Budget.parse(text), source) for text in budgets}
+    limits = dict(sorted(limits.items(), key=lambda pair: pair[1]))
+    smallest = next(iter(limits), None)
+    if smallest is None:
+        raise BudgetError("a search needs one budget at least, for instance 25%,30%,40%.")
+    prepared = prepare(
+        model, smallest, output, evaluation=None, recipe=chosen, seed=seed, memory_limit=memory_limit,
+        trust_remote_code=trust_remote_code, **texts,
+    )  # fmt: skip
+    request = Request(
+        model=model, weights=prepared.weights_digest, recipe=chosen, budgets=tuple(limits),
+        limits=tuple(limits.values()), controls=tuple(controls), seed=seed,
+        trust_remote_code=trust_remote_code,
+        **{name: text and str(text.absolute()) for name, text in texts.items()},
+    )  # fmt: skip
+    request.check(output)
+    with Run(output) as run:
+        request.write(output)
+        job = Job(prepared, run, on_progress, measure_speed=False, places=Places(workers, ray))
+        return finish(job, request, searched(job, request.limits, controls))
+
+
+def _recipe(recipe: str | Recipe, **changes) -> Recipe:
+    chosen = recipes.load(recipe) if isinstance(recipe, str) else recipe
+    return chosen.model_copy(update={name: value for name, value in changes.items() if value is not None})
 
 
 def _command(
@@ -187,10 +286,10 @@ def inspect(
     chosen = recipes.load(recipe or "qpruner") if not isinstance(recipe, Recipe) else recipe
     limit = limit_of(Budget.parse(budget), source) if budget else source.bytes_16bit
     shape = any_layers(shape, chosen, limit)
-    counts = widths_for(shape, chosen, limit)
+    counts = counts_for(shape, chosen, limit)
     kept = widths.first_units(shape.graph, counts)
     sizes = {bits: shape.size(shape.plan(chosen, kept, bits)) for bits in chosen.bits}
-    stored = shape.stored(shape.plan(chosen, kept, 16))
+    stored = shape.stored(shape.plan(chosen, kept, 16, embeddings={}))
     largest = max((s.total for s in sizes.values() if s.total <= limit), default=min(s.total for s in sizes.values()))
     length = min(chosen.window, source.context_length or chosen.window)
     try:
@@ -300,3 +399,19 @@ def study(
     """
     given = options | ({"recipes": recipes} if recipes else {})
     return run_study(matrix.of(models, **given), Path(output), compress=compress, on_progress=on_progress)
+
+
+def export(
+    model: str | Path,
+    to: str,
+    output: str | Path | None = None,
+    *,
+    calibration: str | Path | None = None,
+    trust_remote_code: bool = False,
+    on_progress: OnProgress = silent,
+):
+    """Write a model or an artifact for another program, and open it there; see `qpruner.exporting.export`."""
+    from qpruner import exporting
+
+    options = dict(calibration=calibration, trust_remote_code=trust_remote_code, on_progress=on_progress)
+    return exporting.export(model, to, output, **options)

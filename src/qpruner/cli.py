@@ -13,6 +13,8 @@ import typer
 
 from qpruner.errors import QPrunerError
 
+DEMO = "auto[search_windows=12,sensitivity_windows=4,gate_steps=0,trials=24]"
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -51,13 +53,19 @@ Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 BudgetText = Annotated[
     str, typer.Option("--budget", help="50% of the 16-bit bytes, a size (3.5GiB), or bits per parameter (4.5bpw).")
 ]
-RecipeText = Annotated[
-    str, typer.Option("--recipe", help="A recipe's name or YAML file; change keys with NAME[key=value,key=value].")
-]
+RECIPE_HELP = "A recipe's name or YAML file; change keys with NAME[key=value,key=value]."
+RecipeText = Annotated[str, typer.Option("--recipe", help=RECIPE_HELP)]
 Calibration = Annotated[
     Path | None,
     typer.Option("--calibration", help="Your text to measure and train on: .txt, .jsonl, .jsonl.gz or .parquet."),
 ]
+Target = Annotated[
+    str | None,
+    typer.Option("--target", help="Stay inside what it can load: transformers (default), vllm, gguf or any of them."),
+]
+Trials = Annotated[int | None, typer.Option(min=1, help="Trials of the search, in place of the recipe's.")]
+Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that evaluate trials. Default: this one.")]
+Ray = Annotated[str | None, typer.Option("--ray", help="Evaluate trials on a Ray cluster: its address, or auto.")]
 SearchText = Annotated[
     Path | None,
     typer.Option("--search-text", help="Text that trials are judged on. Default: a part of the calibration file."),
@@ -72,7 +80,8 @@ MemoryLimit = Annotated[
         "--memory-limit", help="4GiB, for the whole process. A model that does not fit goes through layer by layer."
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same artifact, byte for byte.")]
+SEED_HELP = "The same seed gives the same artifact, byte for byte."
+Seed = Annotated[int, typer.Option("--seed", help=SEED_HELP)]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let Python code that came with the model run. Read it first.")
 ]
@@ -85,42 +94,92 @@ def compress(
     model: Model,
     budget: BudgetText,
     output: Annotated[Path, typer.Option("--output", "-o", help="The artifact; its run is in OUTPUT.run.")],
-    recipe: RecipeText = "qpruner",
+    recipe: Annotated[str | None, typer.Option("--recipe", help=RECIPE_HELP + " Default: auto.")] = None,
+    from_run: Annotated[
+        Path | None, typer.Option("--from", help="A finished `qpruner search`: take its plan for this budget.")
+    ] = None,
+    target: Target = None,
     calibration: Calibration = None,
     search_text: SearchText = None,
     evaluation: Evaluation = None,
-    trials: Annotated[int | None, typer.Option(min=1, help="Trials of the Bayesian optimization.")] = None,
+    trials: Trials = None,
+    workers: Workers = 0,
+    ray: Ray = None,
     memory_limit: MemoryLimit = None,
-    seed: Seed = 0,
+    seed: Annotated[int | None, typer.Option("--seed", help=SEED_HELP)] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Make the best model of a given size: prune, choose bits, quantize, recover, judge.
 
-    The same command continues an interrupted run.
+    The same command continues an interrupted run. With --from, recipe, texts and seed are those of the search.
     """
     from qpruner import api
     from qpruner.progress import bars
 
     with bars() as on_progress:
         result = api.compress(
-            model, budget, output, recipe=recipe, calibration=calibration, search_text=search_text,
-            evaluation=evaluation, trials=trials, memory_limit=memory_limit, seed=seed,
-            trust_remote_code=trust_remote_code, on_progress=on_progress,
+            model, budget, output, recipe=recipe, from_run=from_run, target=target, calibration=calibration,
+            search_text=search_text, evaluation=evaluation, trials=trials, workers=workers, ray=ray,
+            memory_limit=memory_limit, seed=seed, trust_remote_code=trust_remote_code, on_progress=on_progress,
         )  # fmt: skip
     _show_result(result, as_json)
 
 
 @app.command()
 @with_status
+def search(
+    model: Model,
+    budgets: Annotated[str, typer.Option("--budgets", help="Budgets with commas between them: 20%,25%,30%.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the search; resumable.")] = Path("search"),
+    recipe: RecipeText = "auto",
+    target: Target = None,
+    calibration: Calibration = None,
+    search_text: SearchText = None,
+    trials: Trials = None,
+    controls: Annotated[
+        str, typer.Option(help="Other searches for comparison, of as many trials: random,greedy,nsga-ii,prune-first.")
+    ] = "",
+    workers: Workers = 0,
+    ray: Ray = None,
+    memory_limit: MemoryLimit = None,
+    seed: Seed = 0,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Search widths, layers and bits together, for several budgets at once; `compress --from` then makes any of them.
+
+    The same command continues an interrupted search.
+    """
+    from qpruner import api
+    from qpruner.progress import bars
+
+    with bars() as on_progress:
+        found = api.search(
+            model, budgets.split(","), output, recipe=recipe, target=target, calibration=calibration,
+            search_text=search_text, trials=trials, controls=[name for name in controls.split(",") if name],
+            workers=workers, ray=ray, memory_limit=memory_limit, seed=seed, trust_remote_code=trust_remote_code,
+            on_progress=on_progress,
+        )  # fmt: skip
+    if as_json:
+        _print_json(found.to_json())
+        return
+    from qpruner.report.terminal import limits_table
+
+    _print(limits_table(found.facts))
+    typer.echo(f"report    {found.report}")
+
+
+@app.command()
+@with_status
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the artifact.")] = Path("build/demo"),
-    budget: BudgetText = "50%",
+    budget: BudgetText = "25%",
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Compress the bundled model with the default recipe; no download, a few minutes on two cores."""
-    compress("pystdlib-5M", budget, output, seed=seed, as_json=as_json)
+    """Compress the bundled model with the default recipe, searching shortly; no download, some minutes on two cores."""
+    compress("pystdlib-5M", budget, output, recipe=DEMO, seed=seed, as_json=as_json)
 
 
 @app.command()
@@ -197,6 +256,34 @@ def evaluate(
         from qpruner.report.terminal import mapping_table
 
         _print(mapping_table(found))
+
+
+@app.command()
+@with_status
+def export(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP + " Artifacts of qpruner too.")],
+    to: Annotated[str, typer.Option("--to", help="What is written: gguf, for llama.cpp.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The file. Default: the model's name, in this folder.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", help="Text that tells which columns of weights count most.")
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model for another program, open it there, and say how far its predictions moved."""
+    from qpruner import api
+    from qpruner.progress import bars
+
+    with bars() as on_progress:
+        found = api.export(
+            model, to, output, calibration=calibration, trust_remote_code=trust_remote_code, on_progress=on_progress
+        )
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        typer.echo("\n".join(found.lines()))
 
 
 @app.command()

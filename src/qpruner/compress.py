@@ -8,28 +8,34 @@ same. Only the Bayesian search, sensitivities and training need the whole pruned
 """
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from qpruner.artifact import save
+from qpruner.artifact.opened import open_stream
 from qpruner.decide import widths
-from qpruner.deciding import Decided, choose_bits, measure_layers, measure_scores, search_loss, worth_of_layers
+from qpruner.deciding import Decided, search_loss
 from qpruner.do.quantize import Candidates
 from qpruner.do.recover import train_adapters_
 from qpruner.do.streamed import LayerByLayer
-from qpruner.job import Job, partial
+from qpruner.drafting import Drafted, completed, drafted
+from qpruner.job import Job, unfinished
+from qpruner.judge import loss as judge
 from qpruner.judging import judge_artifact, judge_original
-from qpruner.model import adapters, cost
+from qpruner.model import adapters, cost, load
+from qpruner.model.scratch import Scratch
 from qpruner.plan import Plan
-from qpruner.prepare import Prepared, without_layers
+from qpruner.prepare import Prepared
 from qpruner.refitting import reconstructed
 from qpruner.rounding import rounded, tuned
-from qpruner.run import digest_of
-from qpruner.shape import stored_sizes
+from qpruner.run import Run, digest_of
 
+FINALISTS = "finalists"  # the folder of plans that are compared once they are carried out
 LOSS_CURVE = "loss_curve"  # beside the adapters in their stage's file
 
 
@@ -56,31 +62,73 @@ class Measured:
     on_disk: int
 
 
-def carry_out(job: Job) -> tuple[Prepared, Decided, Measured]:
+def carry_out(job: Job, draft: Callable[[Job], Drafted] = drafted) -> tuple[Prepared, Decided, Measured]:
     """All stages of the job. The request that comes back is about the model of the layers that stayed."""
     original = judge_original(job)
-    scores, fused = measure_scores(job)
-    prepared, scores = without_layers(job.prepared, scores, worth_of_layers(job, scores))
-    job = replace(job, prepared=prepared)
-    sizes = stored_sizes(job.shape, job.recipe)
-    kept = widths.choose(job.graph, job.recipe, scores, prepared.counts, sizes, prepared.limit_bytes)
-    job, reconstruction = reconstructed(job, kept)
-    information = measure_layers(job, kept)
+    found = _best_of(job, draft(job))
+    prepared = found.prepared
+    job = replace(job, prepared=prepared, embeddings=found.embeddings)
+    job, reconstruction = reconstructed(job, found.kept)
+    decide = partial(completed, job, found)
     made = _in_memory if prepared.in_memory else _layer_by_layer
-    decided, done = made(job, scores, kept, information)
-    decided = replace(decided, fused=fused)
-    folder, size = partial(prepared.output), job.shape.size(decided.plan)
+    decided, done = made(job, found.kept, decide)
+    folder, size = unfinished(prepared.output), job.shape.size(decided.plan)
     on_disk = save.weight_bytes(folder)
     assert on_disk == size.total, f"{on_disk} bytes on disk, {size.total} predicted"
     artifact = judge_artifact(job, folder)
+    shutil.rmtree(job.run.folder / FINALISTS, ignore_errors=True)
     shutil.rmtree(job.passes, ignore_errors=True)  # with what earlier requests may have left unfinished
     return prepared, decided, Measured(original, artifact, done, reconstruction, size, on_disk)
 
 
-def _in_memory(job: Job, scores: dict[str, Tensor], kept: widths.Kept, information: list[dict]) -> tuple[Decided, Done]:
+def _best_of(job: Job, first: Drafted) -> Drafted:
+    """Of a draft and its rivals what loses least on the search text once its codes are found.
+
+    Stages of the one that is taken are not computed again: all look for results in one place.
+    """
+    drafts = (first, *first.rivals)
+    if not first.rivals:
+        return first
+    folder = job.run.folder / FINALISTS
+    job.run.shared = job.run.shared or folder / "common"
+    said = [{"kept": each.kept, "layers": each.prepared.shape.layers, "specs": _said(each)} for each in drafts]
+    windows = job.prepared.search
+
+    def loss_of(number: int) -> float:
+        place, each = folder / str(number), drafts[number]
+        with Run(place, shared=job.run.shared) as run:
+            prepared = replace(each.prepared, output=place / "artifact")
+            one = replace(job, prepared=prepared, embeddings=each.embeddings, run=run)
+            one, _ = reconstructed(one, each.kept)
+            _layer_by_layer(one, each.kept, partial(completed, one, each))
+            written = unfinished(prepared.output)
+            trust = job.shape.source.trust_remote_code
+            stream = open_stream(
+                load.inspect_source(str(written), trust_remote_code=trust), dtype=job.precision, **job.where()
+            )
+            judged = judge.Streamed(stream, Scratch(place / "states"), job.progress("judging finalists"))
+            loss = judge.evaluate_loss(judged, windows, batch_size=job.batch).loss
+        shutil.rmtree(place)
+        return loss
+
+    inputs = job.inputs(drafts=said, windows=digest_of(windows.ids.tolist()), rounding=repr(job.recipe.rounds()))
+    losses = job.run.values("finalists", inputs, lambda: [loss_of(number) for number in range(len(drafts))])
+    best = drafts[losses.index(min(losses))]
+    return replace(best, rivals=())
+
+
+def _said(draft: Drafted) -> dict:
+    every = draft.specs | (draft.embeddings or {})
+    return {name: spec.model_dump(mode="json") for name, spec in every.items()}
+
+
+Decide = Callable[[tuple[nn.Module, Candidates] | None], Decided]  # of the pruned model, if it is in memory
+
+
+def _in_memory(job: Job, kept: widths.Kept, decide: Decide) -> tuple[Decided, Done]:
     model = job.pruned(kept).loaded()
     candidates = Candidates(model, job.graph, job.plan(kept, 16), adapter_dtype=job.stored_dtype)
-    decided = choose_bits(job, scores, kept, information, (model, candidates))
+    decided = decide((model, candidates))
     candidates.put_(decided.plan.specs)
     job, rows = rounded(job, decided.plan)
     if codes := job.codes():
@@ -96,10 +144,8 @@ def _in_memory(job: Job, scores: dict[str, Tensor], kept: widths.Kept, informati
     return decided, Done(curve, {"before": before, "after": after}, errors, rows, tuning)
 
 
-def _layer_by_layer(
-    job: Job, scores: dict[str, Tensor], kept: widths.Kept, information: list[dict]
-) -> tuple[Decided, Done]:
-    decided = choose_bits(job, scores, kept, information, None)
+def _layer_by_layer(job: Job, kept: widths.Kept, decide: Decide) -> tuple[Decided, Done]:
+    decided = decide(None)
     job, rows = rounded(job, decided.plan)
     pruned, plan = job.pruned(kept), decided.plan
     with job.scratch("writing", job.inputs(plan=plan.model_dump(mode="json"))) as scratch:
@@ -133,7 +179,7 @@ def _recover(job: Job, model: nn.Module, plan: Plan) -> list[tuple[int, float]]:
 
 def _cleared(job: Job) -> Path:
     """Where the artifact is written; what an interrupted run left there is removed."""
-    folder = partial(job.prepared.output)
+    folder = unfinished(job.prepared.output)
     if folder.exists():
         shutil.rmtree(folder)
     return folder

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,10 +23,13 @@ from qpruner.files import write_text
 from qpruner.job import Job
 from qpruner.judge import loss as judge
 from qpruner.model import cost
-from qpruner.plan import Plan
+from qpruner.plan import Plan, QuantSpec
 from qpruner.refitting import reconstructed_on_trial
 from qpruner.run import Journal, digest_of
 from qpruner.shape import EVALUATION_BATCH, measures_influence, stored_sizes
+
+if TYPE_CHECKING:
+    from qpruner.joint.stages import Searched
 
 INFORMATION_WINDOWS = 32
 HEADER_SLACK = 4  # bytes per linear
@@ -44,6 +48,7 @@ class Decided:
     trials: list[bayesian.Trial]
     chosen: bayesian.Trial | None
     fused: Fused | None = None
+    searched: "Searched | None" = None
 
 
 def measure_scores(job: Job) -> tuple[dict[str, Tensor], Fused | None]:
@@ -73,7 +78,7 @@ def _fused(job: Job, measured: dict[str, Tensor], inputs: dict) -> Fused:
     inputs = inputs | dict(
         fusion=recipe.fusion, steps=recipe.fusion_steps, counts=prepared.counts, scope=recipe.scope,
         limit=prepared.limit_bytes, search=digest_of(prepared.search.ids.tolist()),
-        refits=[recipe.reconstruction, recipe.added_biases, recipe.dampings, recipe.held_out],
+        refits=[recipe.reconstruction, recipe.added_biases, recipe.dampings, recipe.held_out], **job.basis,
     )  # fmt: skip
 
     with job.scratch("fusion", inputs) as scratch:
@@ -159,10 +164,19 @@ def choose_bits(
             chosen = bayesian.best(trials)
         levels = chosen.levels if chosen else ALLOCATORS[job.recipe.allocation](choices)
         plan = job.plan(kept, _bits_of(job, levels))
-    size = job.shape.size(plan).total
+    return _written(job, Decided(plan, scores, units_of(job), information, sensitivity, trials, chosen))
+
+
+def settled(job: Job, scores: dict[str, Tensor], kept: dict, specs: dict[str, QuantSpec]) -> Decided:
+    """The plan where units and specs were chosen together."""
+    return _written(job, Decided(job.plan(kept, specs), scores, (), [], None, [], None))
+
+
+def _written(job: Job, decided: Decided) -> Decided:
+    size = job.shape.size(decided.plan).total
     assert size <= job.prepared.limit_bytes, f"{size} bytes planned, {job.prepared.limit_bytes} allowed"
-    write_text(job.run.folder / "plan.json", plan.to_json())
-    return Decided(plan, scores, units_of(job), information, sensitivity, trials, chosen)
+    write_text(job.run.folder / "plan.json", decided.plan.to_json())
+    return decided
 
 
 def units_of(job: Job) -> tuple[BitUnit, ...]:

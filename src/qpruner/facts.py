@@ -11,10 +11,11 @@ from qpruner.compress import Measured
 from qpruner.decide import search as bayesian
 from qpruner.decide.widths import kept_fractions
 from qpruner.deciding import Decided
-from qpruner.job import partial
+from qpruner.job import unfinished
 from qpruner.model import cost, memory
 from qpruner.model.discover import spans
-from qpruner.plan import Plan
+from qpruner.model.embeddings import embedding_shapes
+from qpruner.plan import DENSE, Plan
 from qpruner.prepare import Prepared
 from qpruner.report import facts as report
 from qpruner.run import digest_of
@@ -32,8 +33,8 @@ def facts_of(
         measured=memory.peak_bytes(),
         layer_by_layer=not prepared.forecast.resident,
     )
-    stored = prepared.shape.stored(prepared.shape.plan(prepared.recipe, plan.kept, 16))
-    loads_in, snippet = how_to_load(partial(prepared.output), str(prepared.output))
+    stored = prepared.shape.stored(prepared.shape.plan(prepared.recipe, plan.kept, 16, embeddings={}))
+    loads_in, snippet = how_to_load(unfinished(prepared.output), str(prepared.output))
     return report.Facts(
         model_name=prepared.shape.source.name,
         recipe=prepared.recipe.name,
@@ -56,6 +57,7 @@ def facts_of(
         protocol=measured.artifact["loss"]["protocol"],
         layers=layers(prepared, decided),
         projections=projections(prepared, decided),
+        embeddings=embeddings(prepared, decided.plan),
         importance=tuple(
             report.Importance(
                 group=name,
@@ -156,6 +158,18 @@ def projections(prepared: Prepared, decided: Decided) -> tuple[report.Projection
                 size_bytes=sum(cost.linear_bytes(*dims[n], plan.specs[n]) for n in projection.linears),
             )
         )  # fmt: skip
+    return tuple(rows)
+
+
+def embeddings(prepared: Prepared, plan: Plan) -> tuple[report.ProjectionBits, ...]:
+    """How the embedding and the head are stored."""
+    shapes, rows = embedding_shapes(prepared.shape.graph, plan.kept), []
+    for name, (n_rows, width) in shapes.items():
+        spec = plan.embeddings.get(name, DENSE)
+        size = cost.linear_bytes(n_rows, width, spec)
+        rows.append(
+            report.ProjectionBits(name=name, layer=-1, bits=spec.bits, parameters=n_rows * width, size_bytes=size)
+        )
     return tuple(rows)
 
 

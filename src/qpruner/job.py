@@ -2,16 +2,20 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from qpruner import __version__
 from qpruner.artifact.opened import open_stream
+from qpruner.decide.draft import embeddings_of
 from qpruner.model import depth, load
 from qpruner.model.discover import discover
 from qpruner.model.graph import Graph
+from qpruner.model.packed.embedding import put_empty_embeddings_
+from qpruner.model.packed.split import packed
 from qpruner.model.rotate import Rotated, Turn
 from qpruner.model.scratch import Scratch
 from qpruner.model.skeleton import build_skeleton
@@ -20,12 +24,22 @@ from qpruner.model.surgery import add_biases_, narrow_
 from qpruner.model.tensors import Cut, Named, Renamed, Replaced, Stored, Tensors, Zeros
 from qpruner.model.turning import turn_of
 from qpruner.model.whole import Streamable, opened
-from qpruner.plan import Plan
+from qpruner.plan import Plan, QuantSpec
 from qpruner.prepare import Prepared
 from qpruner.progress import OnProgress
 from qpruner.recipe import Recipe
 from qpruner.run import Run, digest_of
 from qpruner.shape import Shape, evaluation_batch
+
+CODES = "codes.safetensors"  # of embeddings, in their stage's folder
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where trials of a joint search are evaluated: so many processes, or a Ray cluster; in this one without either."""
+
+    workers: int = 0
+    ray: str | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,8 @@ class Job:
     refitted_from: str | None = None  # digest of all that they depend on
     rounded: Path | None = None  # a folder of what the quantized linears store, where that was found with text
     rounded_from: str | None = None
+    embeddings: dict[str, QuantSpec] | None = None  # how embedding and head are stored; None for as the recipe says
+    places: Places = Places()
 
     @property
     def recipe(self) -> Recipe:
@@ -70,7 +86,7 @@ class Job:
 
     def original_beside(self) -> Streamable:
         """The original, in the basis of the pruned model, to walk beside it."""
-        if not self.basis:
+        if not self.rotates:
             return self.original()
         source = self.shape.source
         model = build_skeleton(source.config, trust_remote_code=source.trust_remote_code)
@@ -81,7 +97,8 @@ class Job:
     def pruned(self, kept: Mapping, dtype: torch.dtype = torch.float32) -> Streamable:
         """The model of the layers and units that stay, its weights cut from the original's as they are read.
 
-        Those that were refitted or rescaled are read instead; until then added biases are zero.
+        Those that were refitted or rescaled are read instead; until then added biases are zero. The embedding and the
+        head stand in it as in the artifact.
         """
         source, layers = self.shape.source, self.shape.layers
         trust = {"trust_remote_code": source.trust_remote_code}
@@ -90,24 +107,54 @@ class Job:
         whole = Renamed(
             Named(original, Stored.of(source.folder)), depth.original_names(self.graph, layers, model.state_dict())
         )
-        turn = turn_of(model, self.graph) if self.basis else None
+        turn = turn_of(model, self.graph) if self.rotates else None
         narrow_(model, self.graph, kept)
-        add_biases_(model, added := self.plan(kept, 16).added_biases)
+        plan = self.plan(kept, 16)
+        add_biases_(model, added := plan.added_biases)
         zeros = {f"{name}.bias": model.get_submodule(name).bias.shape for name in added}
         refitted = Stored(sorted(self.refitted.glob("*.safetensors")) if self.refitted else [])
         tensors = Replaced(Cut(whole, self.graph, kept), Zeros(zeros), zeros)
         tensors = Replaced(self._turned(tensors, turn), refitted, refitted.places)
+        if plan.packed_embeddings:
+            codes_of = Stored([self._embeddings(tensors, plan) / CODES])
+            put_empty_embeddings_(model, self.graph, plan.packed_embeddings)
+            tensors = Replaced(tensors, codes_of, codes_of.places)
         if codes := self.codes():
             tensors = Replaced(tensors, codes, codes.places.keys() & model.state_dict().keys())
         return opened(model, tensors, self.graph, dtype=dtype, **self.where())
+
+    def _embeddings(self, tensors: Tensors, plan: Plan) -> Path:
+        """The stage that rounds the embedding and the head, to nearest. tensors: of the pruned model."""
+        residual = {name: plan.kept[name] for name, g in self.graph.groups.items() if g.kind == "residual"}
+        inputs = replace(self, refitted_from=None, rounded_from=None).inputs(
+            kept=residual, embeddings={n: spec.model_dump() for n, spec in plan.packed_embeddings.items()},
+            ranges=plan.rounding.ranges, rotates=self.rotates,
+        )  # fmt: skip
+
+        def compute(folder: Path) -> None:
+            found = {}
+            for name, spec in plan.packed_embeddings.items():
+                matrix = packed(tensors.read(f"{name}.weight"), None, spec, ranges=plan.rounding.ranges)
+                found |= {f"{name}.{part}": tensor for part, tensor in matrix.state_dict().items()}
+            save_file(found, folder / CODES)
+
+        return self.run.files("embeddings", inputs, compute)
 
     def _turned(self, tensors: Tensors, turn: Turn | None) -> Tensors:
         return tensors if turn is None else Rotated(tensors, turn, self.prepared.seed)
 
     @property
+    def rotates(self) -> bool:
+        return "rotate" in self.recipe.transforms
+
+    @property
     def basis(self) -> dict:
-        """What stages that look at the pruned model depend on if its hidden states are rotated; empty if not."""
-        return {"transforms": ["rotate"]} if "rotate" in self.recipe.transforms else {}
+        """What stages that look at the pruned model depend on if its hidden states are rotated, or its embedding is
+        rounded; empty if not."""
+        found = {"transforms": ["rotate"]} if self.rotates else {}
+        specs = embeddings_of(self.graph, self.recipe) if self.embeddings is None else self.embeddings
+        packed = {name: spec.model_dump() for name, spec in specs.items() if spec.bits < 16}
+        return found | ({"embeddings": [packed, self.recipe.ranges]} if packed else {})
 
     def codes(self) -> Stored | None:
         """What the quantized linears store, if that was found with text."""
@@ -117,8 +164,8 @@ class Job:
         device = "cuda" if torch.cuda.is_available() and not self.prepared.in_memory else "cpu"
         return {"resident": self.prepared.forecast.resident, "device": device}
 
-    def plan(self, kept: Mapping, bits: int | dict[str, int]) -> Plan:
-        return self.shape.plan(self.recipe, kept, bits, self.prepared.seed)
+    def plan(self, kept: Mapping, bits: int | dict[str, int] | dict[str, QuantSpec]) -> Plan:
+        return self.shape.plan(self.recipe, kept, bits, self.prepared.seed, embeddings=self.embeddings)
 
     @property
     def batch(self) -> int:
@@ -163,6 +210,6 @@ def _shown(detail: object) -> str:
     return str(detail) if isinstance(detail, Pace) else ""
 
 
-def partial(output: Path) -> Path:
+def unfinished(output: Path) -> Path:
     """Where an artifact is written, beside its final place."""
     return output.with_name(f".{output.name}.partial")

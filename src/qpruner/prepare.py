@@ -10,9 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qpruner.decide import widths
+from qpruner.decide.draft import embeddings_of
 from qpruner.errors import BudgetError, MissingExtraError, ModelError, OutputError, RecipeError
+from qpruner.joint.points import counts_for, embedding_formats
 from qpruner.model import checkpoint, corpus, depth, load, memory
 from qpruner.model.corpus import Corpus, Windows
+from qpruner.model.packed.embedding import put_empty_embeddings_
 from qpruner.model.pystdlib import BUNDLED_NAME
 from qpruner.model.residual import fault_of
 from qpruner.model.skeleton import build_skeleton
@@ -93,6 +96,29 @@ def check_rounding(shape: Shape, recipe: Recipe) -> None:
             f"recipe {recipe.name!r} merges trained adapters into weights of {recipe.bits[0]} bits, which are then "
             f"rounded to nearest again: that undoes what its rounding gains. Set adapters to beside, or steps to 0."
         )
+
+
+def check_embeddings(shape: Shape, recipe: Recipe) -> None:
+    """Refuse to store an embedding in codes where the model has none that can be, or where its code asks for more of
+    one than rows and products: it is tried without weights."""
+    specs, key = embeddings_of(shape.graph, recipe), "embedding_bits to 16"
+    if recipe.allocation == "joint" and recipe.pack_embeddings:
+        specs, key = dict.fromkeys(shape.graph.embeddings, embedding_formats(recipe)[0]), "pack_embeddings to false"
+    if recipe.embedding_bits < 16 and not specs:
+        why = shape.graph.notes[-1] if shape.graph.notes else "it has no embedding"
+        raise RecipeError(
+            f"recipe {recipe.name!r} stores embeddings at {recipe.embedding_bits} bits, and {shape.source.name!r} has "
+            f"none that can be: {why}. Set embedding_bits to 16."
+        )
+    if specs:
+        config = depth.shortened_config(shape.source.config, shape.layers)
+        skeleton = build_skeleton(config, trust_remote_code=shape.source.trust_remote_code)
+        put_empty_embeddings_(skeleton, shape.graph, specs)
+        if fault := fault_of(skeleton):
+            raise RecipeError(
+                f"recipe {recipe.name!r} stores embeddings in codes, and {shape.source.name!r} does not run so: "
+                f"{fault.splitlines()[0]}. Set {key}."
+            )
 
 
 def check_transforms(shape: Shape, recipe: Recipe) -> None:
@@ -194,7 +220,8 @@ def prepare(
     fewer = any_layers(shape, recipe, limit)
     check_residual(fewer, recipe)
     check_transforms(fewer, recipe)
-    counts = widths_for(fewer, recipe, limit)
+    check_embeddings(fewer, recipe)
+    counts = counts_for(fewer, recipe, limit)
     check_reconstruction(fewer, recipe, counts)
     check_rounding(fewer, recipe)
     tokenizer = load.load_tokenizer(source)
@@ -224,7 +251,6 @@ def prepare(
         weights_digest=checkpoint.checked_digest(source.folder),
         forecast=forecast,
     )
-    check_output(prepared)
     return prepared
 
 
@@ -246,7 +272,7 @@ def require_weights(source: load.Source) -> None:
 
 def require(recipe: Recipe) -> None:
     """The optional packages that this recipe and the report need, named before anything starts."""
-    needed = {"plotly": "report"} | ({"botorch": "search"} if recipe.allocation == "bayesian" else {})
+    needed = {"plotly": "report"} | ({"botorch": "search"} if recipe.allocation in ("bayesian", "joint") else {})
     for package, extra in needed.items():
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(f"{package} is not installed, which this run needs: pip install 'qpruner[{extra}]'")

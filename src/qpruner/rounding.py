@@ -80,4 +80,6 @@ def tuned(job: Job, plan: Plan, model: nn.Module, candidates: Candidates) -> tup
 
 def _inputs(job: Job, plan: Plan, windows: Tensor) -> dict:
     decided = plan.model_dump(mode="json", include={"kept", "layers", "specs", "rounding", "added_biases"})
+    if plan.packed_embeddings:
+        decided["embeddings"] = {name: spec.model_dump(mode="json") for name, spec in plan.packed_embeddings.items()}
     return job.inputs(plan=decided, windows=digest_of(windows.tolist()))

@@ -132,6 +132,8 @@ class Journal:
             whole = stored[: stored.index(None)] if None in stored else stored  # a crash can cut the last line short
             if whole and whole[0] == self._header:
                 self.lines = whole[1:]
+            elif len(whole) > 1:  # of another search, whose trials took as long
+                path.replace(path.with_suffix(f".before{path.suffix}"))
         write_text(path, "".join(json.dumps(line) + "\n" for line in [self._header, *self.lines]))
 
     @staticmethod

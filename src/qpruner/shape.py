@@ -19,7 +19,7 @@ from qpruner.model.discover import discover
 from qpruner.model.graph import Graph
 from qpruner.model.skeleton import build_skeleton
 from qpruner.model.surgery import bereft, bereft_stacks
-from qpruner.plan import Plan
+from qpruner.plan import Plan, QuantSpec
 from qpruner.recipe import Recipe
 
 EVALUATION_BATCH, LOGITS_AT_ONCE = 8, 2**26  # windows, elements
@@ -68,13 +68,26 @@ class Shape:
     def vocabulary(self) -> int:
         return self.source.config.get_text_config(decoder=True).vocab_size
 
-    def plan(self, recipe: Recipe, kept, bits: int | dict[str, int], seed: int = 0) -> Plan:
-        """The plan that keeps these units with these bits, one number for all linears or one for each."""
+    def plan(
+        self,
+        recipe: Recipe,
+        kept,
+        bits: int | dict[str, int] | dict[str, QuantSpec],
+        seed: int = 0,
+        *,
+        embeddings: dict[str, QuantSpec] | None = None,
+    ) -> Plan:
+        """The plan that keeps these units with these bits, one for all linears, or for each its number or spec.
+
+        embeddings: how the embedding and the head are stored, by name; without it as the recipe says.
+        """
         each = bits if isinstance(bits, dict) else dict.fromkeys(self.graph.linears, bits)
         return draft(
             self.graph, recipe, model_name=self.source.name, model_digest=self.source.digest, kept=kept,
             hidden_size=self.hidden_size,
-            specs={name: recipe.spec(b) for name, b in each.items()}, seed=seed, layers=self.layers,
+            specs={name: b if isinstance(b, QuantSpec) else recipe.spec(b) for name, b in each.items()},
+            seed=seed, layers=self.layers,
+            embeddings=embeddings,
         )  # fmt: skip
 
     def stored(self, plan: Plan) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -199,8 +212,16 @@ def any_layers(shape: Shape, recipe: Recipe, limit_bytes: int) -> Shape:
 
 
 def needs_all_in_memory(recipe: Recipe) -> bool:
+    """Whether the plan is decided or carried out on a model that is in memory as a whole."""
     searched = len(recipe.bits) > 1 and recipe.allocation in ("sensitivity", "bayesian")
     return searched or tunes_network(recipe) or (recipe.steps > 0 and recipe.adapter_rank > 0)
+
+
+GATED_COPIES = 3  # of the model in float32: its weights, those that a step puts in their place, gradients of these
+
+
+def trains_gates(recipe: Recipe) -> bool:
+    return recipe.allocation == "joint" and recipe.gate_steps > 0
 
 
 def tunes_network(recipe: Recipe) -> bool:
@@ -231,6 +252,9 @@ def work_for(shape: Shape, recipe: Recipe, counts: widths.Counts, window: int) -
         if tunes_network(recipe):
             predictions = tuning_windows(recipe) * window * shape.hidden_size * 4  # of the original, before its head
             whole += memory.LEARNED_COPIES * 2 * sizes[16].linears + predictions
+    if trains_gates(recipe):
+        original = cost.parameter_count(shape.tensors)
+        whole = max(whole or 0, GATED_COPIES * 4 * original + memory.TRIAL_BYTES)
     refits = []
     if recipe.reconstruction != "none":
         kept = widths.first_units(shape.graph, counts)
@@ -253,6 +277,8 @@ def work_for(shape: Shape, recipe: Recipe, counts: widths.Counts, window: int) -
         whole_bytes=whole,
         refits=max(refits, key=lambda refit: refit.size_bytes, default=None),
         rounds=rounds_for(shape, recipe),
+        packs_embeddings=recipe.embedding_bits < 16 or (recipe.allocation == "joint" and recipe.pack_embeddings),
+        tries=recipe.allocation == "joint",
         training_tokens=max(
             recipe.batch_size * window if recipe.steps and recipe.adapter_rank else 0,
             recipe.tuning_batch * window if tunes_network(recipe) else 0,
