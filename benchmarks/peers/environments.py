@@ -18,6 +18,8 @@ class Peer:
     """adapter: file beside this one. packages: with their requirements; bare: without, after everything else.
 
     bits: what it has grids for. variants: the first is its best general setting, or its default.
+    chooses: it chooses widths for a target in bytes, and has no cells of one width.
+    within: the peer whose environment it shares.
     """
 
     adapter: str
@@ -25,6 +27,8 @@ class Peer:
     variants: tuple[str, ...]
     bits: tuple[int, ...] = (4, 3, 2)
     bare: tuple[str, ...] = ()
+    chooses: bool = False
+    within: str | None = None
 
 
 PEERS = {
@@ -49,6 +53,15 @@ PEERS = {
     "auto-round": Peer(
         "auto_round_.py", ("auto-round==0.16.*", "accelerate"), ("rtn", "iters50", "iters200", "ext", "sym")
     ),
+    "auto-scheme": Peer(
+        "auto_scheme_.py", (),
+        ("2348-iters200", "2348-rtn", "2348-opt", "248-iters200", "248-rtn", "248-opt"),
+        bits=(), chooses=True, within="auto-round",
+    ),
+    "modelopt": Peer(
+        "modelopt_.py", ("nvidia-modelopt==0.47.*", "transformers", "accelerate", "requests"),
+        ("presets", "awq", "integers", "integers-mse"), bits=(), chooses=True,
+    ),
 }  # fmt: skip
 
 
@@ -56,6 +69,7 @@ def python_of(name: str, folder: Path) -> Path:
     """The interpreter of a peer's environment, which is made when it is missing."""
     if name == "qpruner":
         return Path(sys.executable)
+    name = PEERS[name].within or name
     home = folder.expanduser().resolve() / name
     python, done = home / "bin" / "python", home / "installed"
     if done.exists():
