@@ -31,8 +31,9 @@ from qpruner.decide.space import Point
 from qpruner.drafting import of_selection
 from qpruner.facts import machine
 from qpruner.job import Job, Places, unfinished
+from qpruner.joint.bench import Bench
 from qpruner.joint.past import FRONT, Past
-from qpruner.joint.stages import CONTROLS, Bench, Searched, _trials, searched
+from qpruner.joint.stages import CONTROLS, Searched, _trials, searched
 from qpruner.judge.loss import Streamed, evaluate_loss
 from qpruner.math.pareto import hypervolume
 from qpruner.model import load
