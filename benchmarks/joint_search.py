@@ -6,7 +6,7 @@
 For every seed one `qpruner search` over all budgets with all controls, on the same candidates, text and number of
 trials; beside them random search with `--random` trials. Then the best plan of every way at every budget is carried out
 in the same manner (least squares, codes with propagated error) and judged on held-out text; of the joint search also
-the best of its `--finalists` best plans, by the loss on the search text once they are carried out. `uniform` has one
+the best of its `--finalists` best plans, by their KL on the search text once they are carried out. `uniform` has one
 spec everywhere, raised evenly over the depth as far as the bytes allow. Finished cells are kept in DIR; the same
 command goes on, and takes searches that are finished as they are.
 """
@@ -34,7 +34,7 @@ from qpruner.job import Job, Places, unfinished
 from qpruner.joint.bench import Bench
 from qpruner.joint.past import FRONT, Past
 from qpruner.joint.stages import CONTROLS, Searched, _trials, searched
-from qpruner.judge.loss import Streamed, evaluate_loss
+from qpruner.judge.loss import Streamed, kl_to
 from qpruner.math.pareto import hypervolume
 from qpruner.model import load
 from qpruner.model.scratch import Scratch
@@ -98,7 +98,7 @@ def cells(args: argparse.Namespace, seed: int) -> list[dict]:
             cell(prepared, found, "", point, args.out / "cells") for point in found.finalists(limit, args.finalists)
         ]
         if best:
-            rows.append(min(best, key=lambda row: row["search_loss"]) | {"method": f"joint, best of {len(best)}"})
+            rows.append(min(best, key=lambda row: row["carried_out_kl"]) | {"method": f"joint, best of {len(best)}"})
             print(json.dumps(rows[-1]), flush=True)
     print(f"seed {seed}: hypervolume", {name: round(v, 3) for name, v in volumes.items()}, flush=True)
     return rows
@@ -150,13 +150,14 @@ def cell(prepared: Prepared, found: Searched, method: str, point: Point, folder:
             job = Job(one, run, lambda *_: None, measure_speed=False, measure_kl=False)
             _, _, measured = carry_out(job, lambda j: of_selection(j.prepared, found.scores, selection))
             written = open_stream(load.inspect_source(str(unfinished(output))), dtype=job.precision, **job.where())
-            search_loss = evaluate_loss(Streamed(written, Scratch()), prepared.search).loss
+            original = Streamed(job.original(), Scratch())
+            carried_out = kl_to(Streamed(written, Scratch()), original, prepared.search).kl
         loss, dense = measured.artifact["loss"], measured.original["loss"]
         differences = [a - b for a, b in zip(loss["window_losses"], dense["window_losses"], strict=True)]
         increase = torch.tensor(differences, dtype=torch.float64)
         path.write_text(json.dumps({
             "increase": increase.mean().item(), "standard_error": increase.std().item() / len(increase) ** 0.5,
-            "search_loss": search_loss, "bytes": measured.on_disk, "cpu_seconds": time.process_time() - start,
+            "carried_out_kl": carried_out, "bytes": measured.on_disk, "cpu_seconds": time.process_time() - start,
         }))  # fmt: skip
         for leftover in (output.with_name(f".{output.name}.partial"), folder / f"{name}.run"):
             subprocess.run(["rm", "-rf", str(leftover)], check=True)

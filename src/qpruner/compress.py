@@ -82,7 +82,7 @@ def carry_out(job: Job, draft: Callable[[Job], Drafted] = drafted) -> tuple[Prep
 
 
 def _best_of(job: Job, first: Drafted) -> Drafted:
-    """Of a draft and its rivals what loses least on the search text once its codes are found.
+    """Of a draft and its rivals what is nearest to the original on the search text once its codes are found.
 
     Stages of the one that is taken are not computed again: all look for results in one place.
     """
@@ -94,7 +94,7 @@ def _best_of(job: Job, first: Drafted) -> Drafted:
     said = [{"kept": each.kept, "layers": each.prepared.shape.layers, "specs": _said(each)} for each in drafts]
     windows = job.prepared.search
 
-    def loss_of(number: int) -> float:
+    def kl_of(number: int) -> float:
         place, each = folder / str(number), drafts[number]
         with Run(place, shared=job.run.shared) as run:
             prepared = replace(each.prepared, output=place / "artifact")
@@ -107,12 +107,13 @@ def _best_of(job: Job, first: Drafted) -> Drafted:
                 load.inspect_source(str(written), trust_remote_code=trust), dtype=job.precision, **job.where()
             )
             judged = judge.Streamed(stream, Scratch(place / "states"), job.progress("judging finalists"))
-            loss = judge.evaluate_loss(judged, windows, batch_size=job.batch).loss
+            original = judge.Streamed(job.original(), Scratch(place / "original"))
+            kl = judge.kl_to(judged, original, windows, batch_size=job.batch).kl
         shutil.rmtree(place)
-        return loss
+        return kl
 
     inputs = job.inputs(drafts=said, windows=digest_of(windows.ids.tolist()), rounding=repr(job.recipe.rounds()))
-    losses = job.run.values("finalists", inputs, lambda: [loss_of(number) for number in range(len(drafts))])
+    losses = job.run.values("finalists", inputs, lambda: [kl_of(number) for number in range(len(drafts))])
     best = drafts[losses.index(min(losses))]
     return replace(best, rivals=())
 

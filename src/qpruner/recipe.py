@@ -83,8 +83,8 @@ class Recipe(Value):
             makes them.
         trials_at_once: trials that are chosen before the first of them is known; as many can run side by side.
         sensitivity_windows: of the search text, that single choices are measured on.
-        finalists: best plans that are carried out as far as their codes; what then loses least on the search text is
-            taken.
+        finalists: best plans that are carried out as far as their codes; what is then nearest to the original on the
+            search text is taken.
     Rounding
         rounding: `nearest`, or `gptq`, which makes up for each rounding in the weights that are still to come.
         ranges: where the grid of a group ends: at its largest weight, where the squared error is least, or by
