@@ -1,6 +1,7 @@
 """A joint search as a job: from a request to a front, and from the front to artifacts of any size."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,10 +107,26 @@ def test_auto_searches_for_its_own_budget(model, tmp_path, short_text):
     made = api.compress(str(model), "25%", tmp_path / "out", recipe=RECIPE, calibration=short_text, measure_speed=False)
     assert made.facts.sizes.on_disk <= made.facts.sizes.asked
     assert "random plan" in made.report.read_text()
+    compared = json.loads((tmp_path / "out.run" / "measurements" / "finalists.json").read_text())
+    assert len(compared) == 2 and min(compared) > 0
     again = api.compress(
         str(model), "25%", tmp_path / "again", recipe=RECIPE, calibration=short_text, measure_speed=False
     )
     assert (again.artifact / "model.safetensors").read_bytes() == (made.artifact / "model.safetensors").read_bytes()
+
+
+def test_of_finalists_the_nearest_to_the_original_is_taken(model, tmp_path, short_text, monkeypatch):
+    plans = {}
+    for name, reverse in (("nearest", False), ("farthest", True)):
+        with monkeypatch.context() as patch:
+            if reverse:
+                patch.setattr(sys.modules["qpruner.compress"], "min", max, raising=False)
+            made = api.compress(
+                str(model), "25%", tmp_path / name, recipe=RECIPE, calibration=short_text, measure_speed=False
+            )
+        kl = json.loads((tmp_path / f"{name}.run" / "measurements" / "finalists.json").read_text())
+        plans[name] = Plan.read(made.artifact / "plan.json"), kl
+    assert plans["nearest"][1] == plans["farthest"][1] and plans["nearest"][0] != plans["farthest"][0]
 
 
 def test_what_cannot_be_searched_is_refused_before_anything_is_written(model, tmp_path, short_text, front):
