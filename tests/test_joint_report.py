@@ -442,3 +442,8 @@ def test_a_browser_draws_every_chart(html, tmp_path):
         figure = dom[dom.index(f'id="{name}"') :]
         assert "main-svg" in figure[: figure.index("<details")], name
     assert "Content Security Policy" not in said and "Uncaught" not in said
+
+
+def test_a_run_that_searched_jointly_does_not_say_that_it_searched_nothing(facts):
+    bare = example().model_copy(update={"search": None, "information": (), "sensitivities": ()})
+    assert "searched no plans" in page(bare) and "searched no plans" not in page(bare, facts)

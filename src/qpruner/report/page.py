@@ -199,6 +199,7 @@ SECTIONS = (
     ("The search", ("search", "pareto")),
     ("Recovery", ("recovery", "loftq")),
 )
+SEARCHED_APART = ("What the layers carry", "The search")  # of a joint search its own section says more
 
 
 def page(facts: Facts, joint: JointFacts | None = None) -> str:
@@ -225,6 +226,7 @@ def page(facts: Facts, joint: JointFacts | None = None) -> str:
             *(
                 f"<section><h2>{escaped(head)}</h2>{''.join(figures[n] for n in names)}</section>"
                 for head, names in SECTIONS
+                if joint is None or head not in SEARCHED_APART or not missing.keys() >= set(names)
             ),
             "" if joint is None else joint_section(joint, facts.sizes.asked),
             _run(facts),
