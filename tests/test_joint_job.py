@@ -141,6 +141,10 @@ def test_what_cannot_be_searched_is_refused_before_anything_is_written(model, tm
         search(model, front.folder, short_text, controls=["greedy", "random"], seed=3)
     with pytest.raises(OutputError, match="brings its own seed"):
         api.compress(str(model), "30%", tmp_path / "out", from_run=front.folder, seed=3)
+    other = save(tiny_model("llama", seed=1).to(torch.bfloat16), tmp_path / "other", tokenizer=True)
+    with pytest.raises(OutputError, match="was of other weights than 'other'"):
+        api.compress(str(other), "60%", tmp_path / "out", from_run=front.folder)
+    assert not (tmp_path / "out.run").exists()
     with pytest.raises(OutputError, match="no search in"):
         Past.open(tmp_path)
 

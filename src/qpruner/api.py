@@ -123,6 +123,8 @@ def compress(
         **{k: v and Path(v) for k, v in texts.items()},
     )
     check_output(prepared)
+    if past is not None:
+        past.check_model(prepared)
     request = request_of(prepared) | ({} if past is None else {"search": past.digest})
     run_folder = output.with_name(output.name + ".run")
     report = run_folder / "report.html"

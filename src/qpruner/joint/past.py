@@ -18,6 +18,7 @@ from qpruner.job import Job
 from qpruner.joint.facts import joint_facts
 from qpruner.joint.stages import CONTROLS, Searched, searched
 from qpruner.plan import Value
+from qpruner.prepare import Prepared
 from qpruner.recipe import Recipe
 from qpruner.report.joint import JointFacts
 from qpruner.report.joint_page import joint_page
@@ -141,13 +142,16 @@ class Past:
                     f"--from {self.folder} brings its own {name.replace('_', ' ')}. Leave that out, or search anew."
                 )
 
-    def drafted(self, job: Job) -> Drafted:
-        """Its plan for the job's budget."""
-        if job.prepared.weights_digest != self.request.weights:
+    def check_model(self, prepared: Prepared) -> None:
+        """Refuse another model than the one that was searched."""
+        if prepared.weights_digest != self.request.weights:
             raise OutputError(
-                f"the search in {self.folder} was of other weights than {job.shape.source.name!r} has: of "
+                f"the search in {self.folder} was of other weights than {prepared.shape.source.name!r} has: of "
                 f"{self.request.model!r}. Name the model that was searched."
             )
+
+    def drafted(self, job: Job) -> Drafted:
+        """Its plan for the job's budget."""
         return at_once(job, self.found(job))
 
     def found(self, job: Job) -> Searched:
