@@ -224,16 +224,7 @@ class _Sized:
         return found
 
     def _dims(self, linears: Sequence[str], kept: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-        dims = {}
-        for name in linears:
-            d_out, d_in = self._graph.linears[name].d_out, self._graph.linears[name].d_in
-            for group_name, n in kept.items():
-                group = self._graph.groups[group_name]
-                gone = group.n_units - n
-                d_out -= gone * group.producers[name].shape[1] if name in group.producers else 0
-                d_in -= gone * group.consumers[name].shape[1] if name in group.consumers else 0
-            dims[name] = (d_out, d_in)
-        return dims
+        return {name: narrowed(self._graph, name, kept) for name in linears}
 
     def space(self, variables: tuple[Variable, ...], embeddings: Sequence[str]) -> Space:
         place = {(v.kind, v.name): i for i, v in enumerate(variables)}
@@ -277,6 +268,17 @@ class _Sized:
         if stays is None:
             return Table(tuple(about), values)
         return Table((stays, *about), np.stack([np.zeros_like(values), values]))
+
+
+def narrowed(graph: Graph, linear: str, kept: Mapping[str, int]) -> tuple[int, int]:
+    """(d_out, d_in) of a linear where some groups keep so many units; any of them, all weigh the same."""
+    d_out, d_in = graph.linears[linear].d_out, graph.linears[linear].d_in
+    for name, n in kept.items():
+        group = graph.groups[name]
+        gone = group.n_units - n
+        d_out -= gone * group.producers[linear].shape[1] if linear in group.producers else 0
+        d_in -= gone * group.consumers[linear].shape[1] if linear in group.consumers else 0
+    return d_out, d_in
 
 
 def _joined(tables: Sequence[Table]) -> tuple[Table, ...]:

@@ -95,9 +95,11 @@ class Bench:
         write_text(self._costs_file, json.dumps(spent, indent=1))
         return [each if isinstance(each, Lost) else Observed.of(each["window_losses"]) for each in found]
 
-    def evaluate(self, stage: str, total: int) -> Callable[[list[Point], list[float]], list[joint.Observed]]:
-        """For a search that makes so many trials."""
-        n_windows, done = len(self._job.prepared.search.ids), 0
+    def evaluate(
+        self, stage: str, total: int, done: int = 0
+    ) -> Callable[[list[Point], list[float]], list[joint.Observed]]:
+        """For a search that makes so many trials, of which some are known."""
+        n_windows = len(self._job.prepared.search.ids)
 
         def evaluate(points: list[Point], bars: list[float]) -> list[joint.Observed]:
             nonlocal done

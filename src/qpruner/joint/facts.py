@@ -8,7 +8,8 @@ from importlib.metadata import version
 
 from qpruner import __version__
 from qpruner.decide import joint
-from qpruner.decide.space import Point, Variable
+from qpruner.decide.space import Point, Variable, narrowed
+from qpruner.decide.widths import LAYER_KINDS
 from qpruner.drafting import of_selection
 from qpruner.facts import machine
 from qpruner.job import Job
@@ -18,8 +19,6 @@ from qpruner.model import cost
 from qpruner.plan import QuantSpec, Selection
 from qpruner.report import joint as report
 from qpruner.report.facts import Stage
-
-KINDS = {"kv_group": "kv_group", "channel": "channel"}
 
 
 def joint_facts(
@@ -82,8 +81,7 @@ class _Picture:
 
     def __init__(self, job: Job, found: Searched):
         self._job, self._found, self._graph = job, found, job.graph
-        self._totals = {kind: sum(g.n_units for g in self._of(kind)) for kind in KINDS}
-        self._dims = {name: (site.d_out, site.d_in) for name, site in job.graph.linears.items()}
+        self._totals = {kind: sum(g.n_units for g in self._of(kind)) for kind in LAYER_KINDS}
 
     def _of(self, kind: str) -> list:
         return [group for group in self._graph.groups.values() if group.kind == kind]
@@ -93,7 +91,7 @@ class _Picture:
 
     def trial(self, t: joint.Trial) -> report.Trial:
         selection = self.selection(t.point)
-        kept = {kind: sum(n for _, n, _ in self._counts(selection, kind)) for kind in KINDS}
+        kept = {kind: sum(n for _, n, _ in self._counts(selection, kind)) for kind in LAYER_KINDS}
         sized = [row for layer in self.layers(selection) for row in layer.projections]
         weights = sum(row.parameters for row in sized)
         return report.Trial(
@@ -117,7 +115,7 @@ class _Picture:
         ]
 
     def layers(self, selection: Selection) -> tuple[report.Layer, ...]:
-        counts = {kind: self._counts(selection, kind) for kind in KINDS}
+        counts = {kind: self._counts(selection, kind) for kind in LAYER_KINDS}
         inside = lambda kind, layer, which: sum(row[which] for row in counts[kind] if row[0] == layer)
         return tuple(
             report.Layer(
@@ -136,7 +134,7 @@ class _Picture:
         rows = []
         for projection in self._graph.projections:
             if projection.layer == layer:
-                dims = [self._narrowed(selection, name) for name in projection.linears]
+                dims = [narrowed(self._graph, name, selection.kept) for name in projection.linears]
                 rows.append(
                     self._stored(projection.name, selection.specs[projection.name], dims, self._units(projection))
                 )
@@ -156,17 +154,10 @@ class _Picture:
 
     def _units(self, projection) -> str | None:
         some = set(projection.linears)
-        kinds = [kind for kind in KINDS for g in self._of(kind) if some & (g.producers.keys() | g.consumers.keys())]
+        kinds = [
+            kind for kind in LAYER_KINDS for g in self._of(kind) if some & (g.producers.keys() | g.consumers.keys())
+        ]
         return kinds[0] if kinds else None
-
-    def _narrowed(self, selection: Selection, linear: str) -> tuple[int, int]:
-        d_out, d_in = self._dims[linear]
-        for name, n in selection.kept.items():
-            group = self._graph.groups[name]
-            gone = group.n_units - n
-            d_out -= gone * group.producers[linear].shape[1] if linear in group.producers else 0
-            d_in -= gone * group.consumers[linear].shape[1] if linear in group.consumers else 0
-        return d_out, d_in
 
     def parts(self, selection: Selection) -> dict[str, int]:
         """Bytes by what they are for."""

@@ -232,8 +232,8 @@ def _trials(
     if len(past) == recipe.trials:
         return past
     return search(
-        bench.space, bench.evaluate(stage, recipe.trials), starts=starts, limits=limits, n_trials=recipe.trials,
-        at_once=recipe.trials_at_once, estimate=predicted, seed=job.prepared.seed, journal=past,
+        bench.space, bench.evaluate(stage, recipe.trials, len(past)), starts=starts, limits=limits,
+        n_trials=recipe.trials, at_once=recipe.trials_at_once, estimate=predicted, seed=job.prepared.seed, journal=past,
         on_trial=lambda trial: journal.append(json.loads(trial.to_json())), **how,
     )  # fmt: skip
 
