@@ -129,6 +129,20 @@ def test_of_finalists_the_nearest_to_the_original_is_taken(model, tmp_path, shor
     assert plans["nearest"][1] == plans["farthest"][1] and plans["nearest"][0] != plans["farthest"][0]
 
 
+def test_a_search_whose_text_changed_or_of_another_version_is_not_read_back(model, tmp_path, short_text, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text(short_text.read_text())
+    recipe = RECIPE.replace("trials=16", "trials=4")
+    front = search(model, tmp_path / "run", text, recipe=recipe, budgets=["30%"])
+    text.write_text(short_text.read_text().replace("follows", "precedes"))
+    with pytest.raises(OutputError, match="calibration text .* has changed since"):
+        api.compress(str(model), "30%", tmp_path / "out", from_run=front.folder)
+    monkeypatch.setattr("qpruner.joint.past.__version__", "99")
+    with pytest.raises(OutputError, match="and this is 99"):
+        api.compress(str(model), "30%", tmp_path / "out", from_run=front.folder)
+    assert not (tmp_path / "out.run").exists()
+
+
 def test_what_cannot_be_searched_is_refused_before_anything_is_written(model, tmp_path, short_text, front):
     with pytest.raises(BudgetError, match="smallest reachable"):
         search(model, tmp_path / "run", short_text, budgets=["1%"])

@@ -184,7 +184,7 @@ def search(
         QPrunerError: the request or its input cannot be served; nothing was written.
     """
     from qpruner.job import Job, Places
-    from qpruner.joint.past import Request, finish, require_joint
+    from qpruner.joint.past import Request, finish, require_joint, texts_of
     from qpruner.joint.stages import searched
 
     chosen, output = _recipe(recipe, trials=trials, target=target), Path(output)
@@ -202,7 +202,7 @@ def search(
         trust_remote_code=trust_remote_code, **texts,
     )  # fmt: skip
     request = Request(
-        model=model, weights=prepared.weights_digest, recipe=chosen, budgets=tuple(limits),
+        model=model, weights=prepared.weights_digest, texts=texts_of(prepared), recipe=chosen, budgets=tuple(limits),
         limits=tuple(limits.values()), controls=tuple(controls), seed=seed,
         trust_remote_code=trust_remote_code,
         **{name: text and str(text.absolute()) for name, text in texts.items()},

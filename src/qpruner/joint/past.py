@@ -30,12 +30,14 @@ REQUEST, FACTS, FRONT = "search.json", "facts.json", "front.json"  # the last on
 class Request(Value):
     """What a search was asked. calibration, search_text: files, absolute; None for what stands in for them.
 
-    weights: digest of the model's. budgets, limits: as they were written, and in bytes, ascending.
+    weights: digest of the model's. texts: digests of what was read of them, by purpose. budgets, limits: as they were
+    written, and in bytes, ascending.
     """
 
     version: str = __version__
     model: str
     weights: str
+    texts: dict[str, str]
     recipe: Recipe
     budgets: tuple[str, ...]
     limits: tuple[int, ...]
@@ -119,6 +121,11 @@ class Past:
         request = Request.read(folder)
         if not (folder / FRONT).is_file():
             raise OutputError(f"the search in {folder} is not finished. Give its command again; it continues.")
+        if request.version != __version__:
+            raise OutputError(
+                f"the search in {folder} was made by qpruner {request.version}, and this is {__version__}: its trials "
+                "may not be what would be found now. Search anew, or use that version."
+            )
         return cls(folder, request)
 
     @property
@@ -143,11 +150,17 @@ class Past:
                 )
 
     def check_model(self, prepared: Prepared) -> None:
-        """Refuse another model than the one that was searched."""
+        """Refuse another model than the one that was searched, and texts that are not what they were: all that is read
+        back would be computed anew."""
         if prepared.weights_digest != self.request.weights:
             raise OutputError(
                 f"the search in {self.folder} was of other weights than {prepared.shape.source.name!r} has: of "
                 f"{self.request.model!r}. Name the model that was searched."
+            )
+        changed = [name for name, digest in texts_of(prepared).items() if digest != self.request.texts[name]]
+        if changed:
+            raise OutputError(
+                f"the {changed[0]} text of the search in {self.folder} has changed since. Put it back, or search anew."
             )
 
     def drafted(self, job: Job) -> Drafted:
@@ -158,6 +171,11 @@ class Past:
         """Read back. job: of the same model, recipe, texts and seed."""
         with Run(self.folder) as run:
             return searched(replace(job, run=run), self.request.limits, self.request.controls)
+
+
+def texts_of(prepared: Prepared) -> dict[str, str]:
+    """Digests of the texts that a search looks at, by purpose."""
+    return {name: digest for name, digest in prepared.texts.digests().items() if name != "evaluation"}
 
 
 def require_joint(recipe: Recipe, controls: Sequence[str]) -> None:
