@@ -250,8 +250,8 @@ def test_only_the_start_of_a_long_text_is_tokenised(tokenizer, monkeypatch):
     document = bundled_corpus("evaluation").documents[0] * 20
     corpus, sizes = texts(document), []
     whole = by_hand(corpus, tokenizer, 63)[:8]
-    real = corpus_module._tokens_of
-    monkeypatch.setattr(corpus_module, "_tokens_of", lambda t, k: sizes.append(len(t)) or real(t, k))
+    real = corpus_module.tokens_of
+    monkeypatch.setattr(corpus_module, "tokens_of", lambda t, k: sizes.append(len(t)) or real(t, k))
     assert torch.equal(token_windows(corpus, tokenizer, length=64, n_windows=8).ids, whole)
     assert sum(sizes) < len(document) / 10
     sizes.clear()

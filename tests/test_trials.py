@@ -8,10 +8,10 @@ from tiny_trials import INT3, INT8, Bench
 from qpruner.errors import RecipeError
 from qpruner.joint.trials import Observed, hopeless
 from qpruner.judge.loss import kl_to
-from qpruner.judge.reference import Reference
 from qpruner.model.corpus import Windows
 from qpruner.model.packed.linear import PackedLinear
 from qpruner.model.packed.split import Quantized
+from qpruner.model.reference import Reference
 from qpruner.model.skeleton import build_skeleton
 from qpruner.model.surgery import narrow_, refill_
 

@@ -9,8 +9,8 @@ from tiny_stream import streamed
 from qpruner.decide.grams import measure_grams
 from qpruner.do.candidates import CandidateStore
 from qpruner.joint.trials import TrialRunner
-from qpruner.judge.reference import Reference
 from qpruner.model.discover import discover
+from qpruner.model.reference import Reference
 from qpruner.model.scratch import Scratch
 from qpruner.plan import DENSE, QuantSpec, Rounding, Selection
 

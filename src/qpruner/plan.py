@@ -157,13 +157,22 @@ INT8 = QuantSpec(bits=8, grid="integer")
 class Recovery(Value):
     """How adapters are trained after the cuts. Field meanings are those of the recipe's keys of the same names."""
 
+    loss: Literal["distillation", "next-token"] = "distillation"
+    teacher_top: int = 64
+    block_weight: float = 0.0
+    mask_prompts: bool = True
     adapter_alpha: float = 16.0
     adapter_dropout: float = 0.05
     loftq_iterations: int = 5
+    loftq_weighting: Literal["none", "gram"] = "none"
     steps: int = 100
     batch_size: int = 8
+    micro_batch: int | None = None
+    gradient_checkpointing: bool = False
     learning_rate: float = 1e-4
     warmup_steps: int = 10
+    validation_windows: int = 16
+    validations: int = 10
 
 
 class Reconstruction(Value):

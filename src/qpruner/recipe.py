@@ -99,10 +99,21 @@ class Recipe(Value):
         tuning_batch: windows in each such step.
     Recovery
         adapter_rank: at most; a linear gets no more than 1/32 of its smaller side. 0 for none.
-        adapters: stored beside the base, or merged into it.
-        adapter_alpha, adapter_dropout, loftq_iterations, steps, batch_size, learning_rate, warmup_steps: LoRA from a
-            LoftQ start; the adapters' output is scaled by alpha / rank. Without a rate: 1 / hidden size, which is what
+        rank_by: `uniform`, or `cut`: more for linears that lost more of their bytes, `adapter_rank` on average.
+        adapters: stored beside the base, or merged into it (packed linears are rounded again); `best` tries both.
+        adapter_alpha, adapter_dropout: the adapters' output is scaled by alpha / rank.
+        loftq_iterations, loftq_weighting: of the start that makes up for rounding; `gram` counts errors as the inputs
+            of each linear make them count.
+        loss: `distillation`, the divergence from the original's predictions, or `next-token` of the text.
+        teacher_top: of the original's predictions for a token so many are kept, and all others together.
+        block_weight: of the squared relative distance between hidden states and the original's, beside distillation.
+        mask_prompts: rows that are instructions with answers are trained on their answers alone.
+        steps, batch_size, learning_rate, warmup_steps: of training. Without a rate: 1 / hidden size, which is what
             QLoRA (arXiv 2305.14314) settled on from 7B to 65B, and what a 5 M model wants too.
+        micro_batch: windows that are in memory at once; the gradients of `batch_size` are added up. Without it: all.
+        gradient_checkpointing: layers are computed again on the way back, which saves most of the memory of training.
+        validation_windows, validations: of search text, and how often they are looked at while training; what was best
+            on them stays. 0 validations: the last step stays.
     Judging
         evaluation_windows: of held-out text.
     """
@@ -175,14 +186,24 @@ class Recipe(Value):
     tuning_batch: int = Field(default=8, ge=1)
 
     adapter_rank: int = Field(default=8, ge=0)
-    adapters: Literal["beside", "merged"] = "beside"
+    rank_by: Literal["uniform", "cut"] = "cut"
+    adapters: Literal["beside", "merged", "best"] = "best"
     adapter_alpha: float = Field(default=16, gt=0)
     adapter_dropout: float = Field(default=0.05, ge=0, lt=1)
     loftq_iterations: int = Field(default=5, ge=0)
+    loftq_weighting: Literal["none", "gram"] = "none"
+    loss: Literal["distillation", "next-token"] = "distillation"
+    teacher_top: int = Field(default=64, ge=1)
+    block_weight: float = Field(default=0, ge=0)
+    mask_prompts: bool = True
     steps: int = Field(default=100, ge=0)
     batch_size: int = Field(default=8, ge=1)
+    micro_batch: int | None = Field(default=None, ge=1)
+    gradient_checkpointing: bool = False
     learning_rate: float | None = Field(default=None, gt=0)
     warmup_steps: int = Field(default=10, ge=0)
+    validation_windows: int = Field(default=16, ge=1)
+    validations: int = Field(default=10, ge=0)
 
     evaluation_windows: int = Field(default=200, ge=2)
 

@@ -55,7 +55,8 @@ def draft(
         embeddings=dict(embeddings),
         rounding=recipe.rounds(),
         adapter_ranks=ranks,
-        adapters=recipe.adapters,
+        # The larger of the two, until both were tried.
+        adapters="beside" if recipe.adapters == "best" else recipe.adapters,
         recovery=recipe.recovery(hidden_size),
         seed=seed,
     )

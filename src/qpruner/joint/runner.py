@@ -23,10 +23,10 @@ from qpruner.do.candidates import DAMPING, CandidateStore
 from qpruner.errors import ModelError, OutputError
 from qpruner.files import replacing, write_text
 from qpruner.joint.trials import TrialRunner
-from qpruner.judge.reference import Reference
 from qpruner.model import load
 from qpruner.model.discover import discover
 from qpruner.model.graph import Graph
+from qpruner.model.reference import Reference
 from qpruner.model.scratch import Scratch
 from qpruner.model.stream import OnLayer, Stream
 from qpruner.model.tensors import Stored

@@ -18,9 +18,9 @@ from torch import Tensor
 from qpruner.do.candidates import CandidateStore
 from qpruner.errors import RecipeError
 from qpruner.judge.loss import mean_difference
-from qpruner.judge.reference import Reference
 from qpruner.model.graph import Graph
 from qpruner.model.prefixes import Batch, Prefixes
+from qpruner.model.reference import Reference
 from qpruner.model.stage import Arguments, shared
 from qpruner.model.stream import Stream
 from qpruner.model.swap import swapped

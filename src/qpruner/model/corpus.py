@@ -34,12 +34,14 @@ class Corpus:
     """Documents with one purpose.
 
     closing: whether the tokenizer's end-of-sequence token follows every document.
+    prompts: of every document, characters at its start that were given (an instruction); empty where none were.
     """
 
     name: str
     role: Role
     documents: tuple[str, ...]
     closing: bool = True
+    prompts: tuple[int, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -60,7 +62,11 @@ def read_corpus(path: str | Path, role: Role) -> Corpus:
     """
     path = Path(path).expanduser()
     documents = read_documents(path)
-    return Corpus(path.name, role, tuple(documents), closing=not path.name.lower().endswith(".txt"))
+    prompts = tuple(document.prompt for document in documents)
+    return Corpus(
+        path.name, role, tuple(document.text for document in documents),
+        closing=not path.name.lower().endswith(".txt"), prompts=prompts if any(prompts) else (),
+    )  # fmt: skip
 
 
 def bundled_corpus(role: Role) -> Corpus:
@@ -103,9 +109,14 @@ def split_corpus(corpus: Corpus) -> dict[Role, Corpus]:
             f"{corpus.name} is too short to serve as calibration, search and evaluation text: {corpus.size_bytes:,} "
             "bytes without enough lines or words to cut in three. Give a longer text."
         )
+    prompts = dict(zip(corpus.documents, corpus.prompts, strict=False))
     return {
-        role: Corpus(f"{corpus.name}, {role} part", role, tuple(part), corpus.closing) for role, part in parts.items()
-    }
+        role: Corpus(
+            f"{corpus.name}, {role} part", role, tuple(part), corpus.closing,
+            prompts=tuple(prompts.get(document, 0) for document in part) if prompts else (),
+        )
+        for role, part in parts.items()
+    }  # fmt: skip
 
 
 def _dealt(documents: list[str]) -> dict[Role, list[str]]:
@@ -201,7 +212,7 @@ class Windows:
         return self.ids.shape[0] * (self.ids.shape[1] - 1)
 
 
-class _Tokens(NamedTuple):
+class Tokens(NamedTuple):
     ids: np.ndarray  # int64
     ends: np.ndarray  # int64: bytes of the text up to the end of each token; never decreasing
 
@@ -298,7 +309,7 @@ def _cut(document: str) -> Iterator[tuple[str, bool]]:
     yield document[start:], True
 
 
-def _first_tokens(text: str, tokenizer: PreTrainedTokenizerBase, enough: int | None) -> tuple[_Tokens, bool]:
+def _first_tokens(text: str, tokenizer: PreTrainedTokenizerBase, enough: int | None) -> tuple[Tokens, bool]:
     """At least `enough` tokens from the start of the text, or all; and whether these are all.
 
     Only a prefix of a long text is tokenised. Its last tokens may differ from those of the whole text, so as much as
@@ -306,15 +317,15 @@ def _first_tokens(text: str, tokenizer: PreTrainedTokenizerBase, enough: int | N
     """
     limit = len(text) if enough is None else MARGIN + 8 * enough
     while limit < len(text):
-        tokens = _tokens_of(text[:limit], tokenizer)
+        tokens = tokens_of(text[:limit], tokenizer)
         usable = np.searchsorted(tokens.ends, len(_utf8(text[: limit - MARGIN])), side="right")
         if usable >= enough:
-            return _Tokens(tokens.ids[:usable], tokens.ends[:usable]), False
+            return Tokens(tokens.ids[:usable], tokens.ends[:usable]), False
         limit *= 2
-    return _tokens_of(text, tokenizer), True
+    return tokens_of(text, tokenizer), True
 
 
-def _tokens_of(text: str, tokenizer: PreTrainedTokenizerBase) -> _Tokens:
+def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase) -> Tokens:
     # `verbose=False` keeps the tokenizer from warning that the text is longer than the model's context.
     offsets = tokenizer.is_fast
     encoded = tokenizer(
@@ -323,14 +334,14 @@ def _tokens_of(text: str, tokenizer: PreTrainedTokenizerBase) -> _Tokens:
     ids = np.array(encoded["input_ids"], dtype=np.int64)
     size = len(_utf8(text))
     if not len(ids):
-        return _Tokens(ids, np.zeros(0, np.int64))
+        return Tokens(ids, np.zeros(0, np.int64))
     if offsets:
         stops = np.array(encoded["offset_mapping"], dtype=np.int64)[:, 1]
         ends = np.maximum.accumulate(_byte_positions(text)[stops])
     else:  # a tokenizer that does not say where its tokens come from: spread the bytes evenly
         ends = np.arange(1, len(ids) + 1, dtype=np.int64) * size // len(ids)
     ends[-1] = size  # what a normaliser drops at the end is still text that was covered
-    return _Tokens(ids, ends)
+    return Tokens(ids, ends)
 
 
 def _byte_positions(text: str) -> np.ndarray:

@@ -5,6 +5,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from qpruner.errors import CorpusError, MissingExtraError, listed
 
@@ -12,12 +13,19 @@ SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 
 ALPACA = (
     "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the "
-    "request.\n\n### Instruction:\n{instruction}\n\n{context}### Response:\n{output}"
+    "request.\n\n### Instruction:\n{instruction}\n\n{context}### Response:\n"
 )
 ALPACA_PAIRED = ", paired with an input that provides further context"
 
 
-def read_documents(path: Path) -> list[str]:
+class Document(NamedTuple):
+    """One text. prompt: characters at its start that were given, and are not to be learned."""
+
+    text: str
+    prompt: int = 0
+
+
+def read_documents(path: Path) -> list[Document]:
     """The documents of a file that hold more than blanks: a `.txt` is one, elsewhere every row is one.
 
     A row has its text in `text`, or is an instruction with its answer (`instruction`, `input`, `output`: the Alpaca
@@ -37,12 +45,12 @@ def read_documents(path: Path) -> list[str]:
     if path.stat().st_size == 0:
         raise CorpusError(f"{path} is empty (0 bytes). Give a file with text in it.")
     if suffix == ".txt":
-        documents = [_decoded(_bytes(path), path)]
+        documents = [Document(_decoded(_bytes(path), path))]
     elif suffix == ".parquet":
         documents = _parquet_documents(path)
     else:
         documents = _json_documents(path)
-    usable = [document for document in documents if document.strip()]
+    usable = [document for document in documents if document.text.strip()]
     if not usable:
         raise CorpusError(f"{path} holds no text: every {'line' if suffix == '.txt' else 'row'} of it is blank.")
     return usable
@@ -67,7 +75,7 @@ def _decoded(content: bytes, path: Path) -> str:
         ) from error
 
 
-def _json_documents(path: Path) -> Iterator[str]:
+def _json_documents(path: Path) -> Iterator[Document]:
     for number, line in enumerate(_decoded(_bytes(path), path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -79,10 +87,10 @@ def _json_documents(path: Path) -> Iterator[str]:
             ) from error
         if not isinstance(row, dict):
             raise CorpusError(f"{path}, line {number}: a {type(row).__name__}, not an object with a `text` field.")
-        yield _row_text(row, f"{path}, line {number}")
+        yield _row_document(row, f"{path}, line {number}")
 
 
-def _parquet_documents(path: Path) -> Iterator[str]:
+def _parquet_documents(path: Path) -> Iterator[Document]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -101,23 +109,24 @@ def _parquet_documents(path: Path) -> Iterator[str]:
             for batch in file.iter_batches(columns=wanted):
                 for row in batch.to_pylist():
                     number += 1
-                    yield _row_text(row, f"{path}, row {number}")
+                    yield _row_document(row, f"{path}, row {number}")
     except (pyarrow.ArrowException, OSError) as error:
         message = str(error).splitlines()[0]
         raise CorpusError(f"{path} is not a readable parquet file: {message}. Fetch it again.") from error
 
 
-def _row_text(row: dict, place: str) -> str:
+def _row_document(row: dict, place: str) -> Document:
     """The text of one row; blank where the row has the field and nothing in it."""
     if "text" in row:
-        return _string(row["text"], "text", place)
+        return Document(_string(row["text"], "text", place))
     if "instruction" in row and "output" in row:
         field = {name: _string(row.get(name), name, place) for name in ("instruction", "input", "output")}
         paired, context = (ALPACA_PAIRED, f"### Input:\n{field['input']}\n\n") if field["input"] else ("", "")
-        return ALPACA.format(paired=paired, context=context, instruction=field["instruction"], output=field["output"])
+        prompt = ALPACA.format(paired=paired, context=context, instruction=field["instruction"])
+        return Document(prompt + field["output"], len(prompt))
     strings = [name for name, value in row.items() if isinstance(value, str)]
     if len(strings) == 1:
-        return row[strings[0]]
+        return Document(row[strings[0]])
     raise CorpusError(
         f"{place}: no field to take the text from. Found: {listed(row) or 'nothing'}. Accepted: `text`; "
         "`instruction` and `output` (and `input`); or a single string."
