@@ -15,6 +15,8 @@ from qpruner.artifact.gguf import families, layout, llamacpp
 from qpruner.artifact.gguf.reading import Decoded
 from qpruner.cli import app
 from qpruner.errors import MissingExtraError, ModelError, OutputError
+from qpruner.exporting import comparing
+from qpruner.exporting import gguf as gguf_export
 from qpruner.model.load import inspect_source, load_model
 from qpruner.plan import DENSE, INT8, NF4, QuantSpec
 
@@ -141,7 +143,7 @@ def test_adapters_are_added_to_the_weights(tmp_path):
     dense, loaded = Dense(inspect_source(artifact)), load_model(inspect_source(artifact))
     ids = torch.randint(259, (1, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert exporting.off(exporting.logits_of(dense.stream(), ids), loaded(input_ids=ids).logits[0]).relative < 1e-4
+        assert comparing.off(comparing.logits_of(dense.stream(), ids), loaded(input_ids=ids).logits[0]).relative < 1e-4
     result = export(artifact, tmp_path / "a.gguf")
     assert result.written.exact == 0
     agreed(result, moved=0.3, loaded=0.1)
@@ -239,7 +241,7 @@ def test_text_tells_which_columns_count(tmp_path, short_text):
     flat, weighted = (export(artifact, tmp_path / f"{i}.gguf", calibration=c) for i, c in enumerate((None, short_text)))
     assert flat.written.types == weighted.written.types
     dense = Dense(inspect_source(artifact))
-    counts = exporting.importance_of(dense, inspect_source(artifact), short_text, lambda *_: None)
+    counts = gguf_export.importance_of(dense, inspect_source(artifact), short_text, lambda *_: None)
     losses = []
     for i in range(2):
         read, loss = Decoded(tmp_path / f"{i}.gguf", dense.model), 0.0

@@ -12,6 +12,7 @@ from qpruner import exporting
 from qpruner.artifact.gguf import llamacpp
 from qpruner.artifact.gguf.vocabulary import CUTS, cut_name
 from qpruner.errors import ModelError
+from qpruner.exporting import gguf as gguf_export
 
 gguf = pytest.importorskip("gguf")
 
@@ -80,8 +81,8 @@ def test_text_becomes_the_same_tokens(case, tmp_path, monkeypatch):
     folder = folder_with(CASES[case](), tmp_path / "m", bos="2" not in case)
     # without a name, tokens of several characters are found only where each of these is a token
     lines = [line for line in LINES if case != "rule without a name" or "日" not in line]
-    sample = exporting.sample
-    monkeypatch.setattr(exporting, "sample", lambda *args: (sample(*args)[0], lines))
+    sample = gguf_export.sample
+    monkeypatch.setattr(gguf_export, "sample", lambda *args: (sample(*args)[0], lines))
     result = exporting.export(folder, "gguf", tmp_path / "m.gguf")
     if llamacpp.installed():
         assert result.same_tokens == 1

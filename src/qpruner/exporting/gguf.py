@@ -1,6 +1,5 @@
-"""A finished model in the form that another program loads, and the proof that it computes the same there."""
+"""A finished model as a GGUF file for llama.cpp, and the proof that it computes the same there."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -15,32 +14,17 @@ from qpruner.artifact.gguf.reading import Decoded
 from qpruner.artifact.gguf.writing import Written, require_gguf, write_gguf
 from qpruner.decide.columns import mean_squares
 from qpruner.errors import ModelError, OutputError
+from qpruner.exporting.comparing import Off, logits_of, off, sample
 from qpruner.files import replacing
-from qpruner.model.corpus import bundled_corpus, read_corpus, token_windows
-from qpruner.model.load import TOKENIZER_FILES, Source, inspect_source, load_tokenizer
-from qpruner.model.scratch import Scratch
-from qpruner.model.whole import Streamable
-from qpruner.progress import OnProgress, silent
+from qpruner.model.corpus import read_corpus, token_windows
+from qpruner.model.load import Source, load_tokenizer
+from qpruner.progress import OnProgress
 
-TOKENS = 64  # of the text on which logits are compared
 CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 32, 256
 # Between llama.cpp and torch on the same weights: llama.cpp rounds what goes into a product of codes to 8 bits, and
 # keys and values to float16. On trained models that is 0.1% without codes and up to 2% with them; on random ones, which
 # make more of every difference, it was 9%.
 MOST_OFF, MOST_OFF_IN_CODES = 0.01, 0.2
-
-
-@dataclass(frozen=True)
-class Off:
-    """How far logits are from others: of all tokens, root mean square of the difference over that of the logits about
-    their mean; KL in nats per token; how often both put the same token first."""
-
-    relative: float
-    kl: float
-    same_first: float
-
-    def __str__(self) -> str:
-        return f"{self.relative:.2%} off, KL {self.kl:.5f}, same first choice {self.same_first:.0%}"
 
 
 @dataclass(frozen=True)
@@ -82,40 +66,11 @@ class Exported:
         return said + [f"run it with: llama-cli -m {w.path}"]
 
 
-def export(
-    model: str | Path,
-    to: str,
-    output: str | Path | None = None,
-    *,
-    calibration: str | Path | None = None,
-    trust_remote_code: bool = False,
-    on_progress: OnProgress = silent,
-) -> Exported:
-    """Write a model or an artifact for another program, and open it there.
-
-    Args:
-        model: as for `compress`; artifacts too.
-        to: what is written; a name in `EXPORTERS`.
-        output: by default the model's name beside it, with the ending of the format.
-        calibration: a text; columns of weights then count, where they are rounded once more, as much as what they are
-            multiplied with. Otherwise all columns count the same.
-    Raises:
-        ModelError: the format does not hold the model, or does not compute what it computes; nothing was written.
-    """
-    if to not in EXPORTERS:
-        raise OutputError(f"there is no export to {to!r}. Accepted: {', '.join(EXPORTERS)}.")
-    source = inspect_source(model, trust_remote_code=trust_remote_code)
-    if source.folder is None or not source.tensors:
-        raise ModelError(f"{source.name!r} is a configuration without weights; name the folder that holds both.")
-    path = Path(output) if output is not None else Path.cwd() / f"{source.name.rpartition('/')[2]}.{to}"
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder; name a file.")
-    return EXPORTERS[to](source, path, calibration and Path(calibration), on_progress)
-
-
 def to_gguf(source: Source, path: Path, calibration: Path | None, on_progress: OnProgress) -> Exported:
     start = time.monotonic()
     require_gguf()
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; name a file.")
     dense = Dense(source)
     importance = importance_of(dense, source, calibration, on_progress)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,25 +105,6 @@ def importance_of(
     return mean_squares(dense.stream(), windows.ids, on_layer=show).get
 
 
-def sample(source: Source, dense: Dense) -> tuple[Tensor, list[str]]:
-    """Tokens to compare logits on, (1, n), and lines of text to compare tokens on; random ones, and none, without a
-    tokenizer."""
-    n = min(TOKENS, source.context_length or TOKENS)
-    if not any((source.folder / file).is_file() for file in TOKENIZER_FILES):
-        vocabulary = dense.model.get_input_embeddings().num_embeddings
-        return torch.randint(vocabulary, (1, n), generator=torch.Generator().manual_seed(0)), []
-    text = bundled_corpus("evaluation")
-    lines = [line for line in text.documents[0].splitlines() if line.strip()][:100]
-    return token_windows(text, load_tokenizer(source), length=n, n_windows=1).ids, lines
-
-
-def logits_of(stream: Streamable, ids: Tensor) -> Tensor:
-    """(tokens, vocabulary) of one window, float32."""
-    scratch = Scratch()
-    stream.forward(ids, scratch)
-    return next(iter(stream.logits(ids, scratch)))[0].float()
-
-
 def opened(
     path: Path, ids: Tensor, expected: Tensor, lines: list[str], source: Source, most: float
 ) -> tuple[Off, float | None]:
@@ -189,17 +125,3 @@ def opened(
     tokenizer = load_tokenizer(source)
     same = [tokenizer(line)["input_ids"] == tokens for line, tokens in zip(lines, answer.texts, strict=True)]
     return found, sum(same) / len(same)
-
-
-def off(logits: Tensor, expected: Tensor) -> Off:
-    logits, expected = logits.double(), expected.double()
-    log_p, log_q = expected.log_softmax(-1), logits.log_softmax(-1)
-    size = (expected - expected.mean(-1, keepdim=True)).square().sum()
-    return Off(
-        relative=math.sqrt((logits - expected).square().sum() / size) if size else math.inf,
-        kl=float((log_p.exp() * (log_p - log_q)).sum(-1).mean()),
-        same_first=float((logits.argmax(-1) == expected.argmax(-1)).double().mean()),
-    )
-
-
-EXPORTERS = {"gguf": to_gguf}
