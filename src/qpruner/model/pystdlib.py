@@ -43,6 +43,11 @@ def modules(root: Path, *, excluded: set[str] = NOT_SOURCE) -> list[str]:
     return sorted(found)
 
 
+def is_held_out(module: str, heldout: frozenset[str]) -> bool:
+    """Whether a module is held out, by its path or as part of a package that was one file in an older Python."""
+    return module in heldout or ("/" in module and module.split("/")[0] + ".py" in heldout)
+
+
 def is_test_of(module: str, heldout: frozenset[str]) -> bool:
     """Whether `module` belongs to test/test_NAME, a file or a folder, for a top-level held-out NAME."""
     parts = module.removesuffix(".py").split("/")
@@ -52,15 +57,15 @@ def is_test_of(module: str, heldout: frozenset[str]) -> bool:
 def trainable(root: Path, heldout: frozenset[str]) -> list[str]:
     """Modules that a model may be trained on: neither held out nor the tests of what is."""
     candidates = modules(root, excluded={"site-packages", "dist-packages", "__pycache__", "encodings"})
-    return [m for m in candidates if m not in heldout and not is_test_of(m, heldout)]
+    return [m for m in candidates if not is_held_out(m, heldout) and not is_test_of(m, heldout)]
 
 
 def corpus_modules(root: Path, heldout: frozenset[str], corpus: str) -> list[str]:
     """The modules of one corpus, in a fixed order: by name for evaluation, by hash for the other two."""
     names = [m for m in modules(root) if not m.startswith("test/") and "/test/" not in m and "/tests/" not in m]
     if corpus == "evaluation":
-        return [m for m in names if m in heldout]
-    digest = {m: hashlib.sha256(m.encode()).digest() for m in names if m not in heldout}
+        return [m for m in names if is_held_out(m, heldout)]
+    digest = {m: hashlib.sha256(m.encode()).digest() for m in names if not is_held_out(m, heldout)}
     chosen = [m for m, d in digest.items() if (d[-1] % 8 == 0) == (corpus == "search")]
     return sorted(chosen, key=digest.__getitem__)
 
