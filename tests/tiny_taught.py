@@ -32,14 +32,14 @@ def by_heart(n: int = 12) -> Examples:
     return Examples(ids, predicted)
 
 
-def packed(family: str = "llama", *, dropout: float = 0.0):
-    """A packed model with adapters that LoftQ began."""
+def packed(family: str = "llama", *, dropout: float = 0.0, with_plan: bool = False):
+    """A packed model with adapters that LoftQ began, and its plan if that is wanted."""
     model, graph, made = candidates(family)
     made.put_({name: Format().spec(4 if i % 2 else 8) for i, name in enumerate(graph.linears)})
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
-    return model
+    return (model, made._plan) if with_plan else model
 
 
 def taught(some: Examples, folder, *, top: int = 8, layers=(), channels=None, model=None) -> Material:
