@@ -13,15 +13,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qpruner.artifact import save
 from qpruner.artifact.opened import open_stream
 from qpruner.decide import widths
 from qpruner.deciding import Decided, search_loss
 from qpruner.do.quantize import Candidates
-from qpruner.do.recover import train_adapters_
+from qpruner.do.recover import Trained, taught_layers
 from qpruner.do.streamed import LayerByLayer
 from qpruner.drafting import Drafted, completed, drafted
 from qpruner.job import Job, unfinished
@@ -31,19 +30,19 @@ from qpruner.model import adapters, cost, load
 from qpruner.model.scratch import Scratch
 from qpruner.plan import Plan
 from qpruner.prepare import Prepared
+from qpruner.recovering import recovered
 from qpruner.refitting import reconstructed
 from qpruner.rounding import rounded, tuned
 from qpruner.run import Run, digest_of
 
 FINALISTS = "finalists"  # the folder of plans that are compared once they are carried out
-LOSS_CURVE = "loss_curve"  # beside the adapters in their stage's file
 
 
 @dataclass(frozen=True)
 class Done:
     """What was seen while the plan was carried out."""
 
-    loss_curve: list[tuple[int, float]]
+    trained: Trained
     search_loss: dict[str, float]
     loftq_errors: dict[str, tuple[float, float]]
     rounding: list[dict]  # a row for each linear whose codes were found with text
@@ -137,12 +136,12 @@ def _in_memory(job: Job, kept: widths.Kept, decide: Decide) -> tuple[Decided, Do
     job, tuning = tuned(job, decided.plan, model, candidates)
     errors, before = candidates.errors(), search_loss(job, model)
     candidates.forget()
-    curve = _recover(job, model, decided.plan)
-    after = search_loss(job, model) if curve else before
+    trained = _recover(job, model, decided.plan)
+    after = search_loss(job, model) if trained.curve else before
     if decided.plan.adapters == "merged" and decided.plan.adapter_ranks:
         adapters.merge_adapters_(model)
     save.save_artifact(_cleared(job), model, job.graph, decided.plan, **_saved_as(job, decided.plan))
-    return decided, Done(curve, {"before": before, "after": after}, errors, rows, tuning)
+    return decided, Done(trained, {"before": before, "after": after}, errors, rows, tuning)
 
 
 def _layer_by_layer(job: Job, kept: widths.Kept, decide: Decide) -> tuple[Decided, Done]:
@@ -156,26 +155,27 @@ def _layer_by_layer(job: Job, kept: widths.Kept, decide: Decide) -> tuple[Decide
             _cleared(job), tensors, lambda: doing.adapter_state, job.graph, plan,
             architecture=type(pruned.model).__name__, **_saved_as(job, plan),
         )  # fmt: skip
-    return decided, Done([], {}, doing.errors, rows)
+    return decided, Done(Trained(()), {}, doing.errors, rows)
 
 
-def _recover(job: Job, model: nn.Module, plan: Plan) -> list[tuple[int, float]]:
-    """Trains the adapters, or reads them back; returns the loss curve."""
+def _recover(job: Job, model: nn.Module, plan: Plan) -> Trained:
+    """Trains the adapters, or reads them back."""
     if not plan.adapter_ranks or not plan.recovery.steps:
-        return []
-    windows = job.prepared.training.ids
-
-    def compute() -> dict[str, Tensor]:
-        curve = train_adapters_(model, plan.recovery, windows, seed=job.prepared.seed, on_step=job.progress("recovery"))
-        state = adapters.adapter_state(model, job.stored_dtype)
-        return {**state, LOSS_CURVE: torch.tensor(curve, dtype=torch.float64)}
-
-    inputs = job.inputs(plan=plan.model_dump(mode="json"), windows=digest_of(windows.tolist()))
-    state = job.run.tensors("adapters", inputs, compute)
-    curve = state.pop(LOSS_CURVE)
-    names = {linear: adapters.tensor_names(linear) for linear in plan.adapter_ranks}
-    adapters.set_adapter_weights_(model, {linear: (state[a], state[b]) for linear, (a, b) in names.items()})
-    return [(int(step), float(value)) for step, value in curve]
+        return Trained(())
+    # What the original says depends on nothing that was found since; hidden states do on the basis they are in.
+    bare = replace(job, refitted_from=None, rounded_from=None)
+    turned = {"transforms": ["rotate"]} if job.rotates and taught_layers(plan.recovery) else {}
+    return recovered(
+        job.run, model, plan,
+        training=job.prepared.training,
+        validation=job.prepared.validation,
+        teacher=job.original_beside if turned else job.original,
+        teacher_inputs=bare.inputs(**turned),
+        inputs=job.inputs(),
+        dtype=job.stored_dtype,
+        passes=job.passes,
+        progress=job.progress,
+    )  # fmt: skip
 
 
 def _cleared(job: Job) -> Path:

@@ -210,11 +210,16 @@ def search(decided: Decided, measured: Measured) -> report.Search | None:
 
 
 def recovery(prepared: Prepared, plan: Plan, measured: Measured) -> report.Recovered | None:
-    if not plan.adapter_ranks or not (measured.done.loss_curve or measured.done.loftq_errors):
+    trained = measured.done.trained
+    if not plan.adapter_ranks or not (trained.curve or measured.done.loftq_errors):
         return None
+    points = lambda curve: tuple(report.LossPoint(step=step, loss=loss) for step, loss in curve)
     linears = prepared.shape.graph.linears
     return report.Recovered(
-        curve=tuple(report.LossPoint(step=step, loss=loss) for step, loss in measured.done.loss_curve),
+        loss=plan.recovery.loss,
+        curve=points(trained.curve),
+        validation=points(trained.validation),
+        best_step=trained.best_step,
         loss_before=measured.done.search_loss.get("before"),
         loss_after=measured.done.search_loss.get("after"),
         starts=tuple(

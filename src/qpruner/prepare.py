@@ -1,6 +1,7 @@
 """Everything that can be refused is refused here, before a folder is made or an hour is spent."""
 
 import importlib.util
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from qpruner.errors import BudgetError, MissingExtraError, ModelError, OutputErr
 from qpruner.joint.points import counts_for, embedding_formats
 from qpruner.model import checkpoint, corpus, depth, load, memory
 from qpruner.model.corpus import Corpus, Windows
+from qpruner.model.examples import Examples, examples_of
 from qpruner.model.packed.embedding import put_empty_embeddings_
 from qpruner.model.pystdlib import BUNDLED_NAME
 from qpruner.model.residual import fault_of
@@ -141,18 +143,29 @@ def limit_of(budget: Budget, source: load.Source) -> int:
 
 @dataclass(frozen=True)
 class Texts:
-    """Three disjoint corpora. note: what a person should know of their choice."""
+    """Three disjoint corpora. note: what a person should know of their choice.
+
+    training: what adapters are trained on, where that is another text than the calibration's; of the same role.
+    """
 
     calibration: Corpus
     search: Corpus
     evaluation: Corpus
     note: str | None
+    training: Corpus | None = None
 
     def digests(self) -> dict[str, str]:
-        return {role: getattr(self, role).digest for role in ("calibration", "search", "evaluation")}
+        parts = ("calibration", "search", "evaluation", *(("training",) if self.training else ()))
+        return {part: getattr(self, part).digest for part in parts}
 
 
-def choose_texts(model_name: str, calibration: Path | None, search: Path | None, evaluation: Path | None) -> Texts:
+def choose_texts(
+    model_name: str,
+    calibration: Path | None,
+    search: Path | None,
+    evaluation: Path | None,
+    training: Path | None = None,
+) -> Texts:
     note = None
     if calibration is None:
         parts = {role: corpus.bundled_corpus(role) for role in ("calibration", "search", "evaluation")}
@@ -166,8 +179,9 @@ def choose_texts(model_name: str, calibration: Path | None, search: Path | None,
     for role, path in (("search", search), ("evaluation", evaluation)):
         if path is not None:
             parts[role] = corpus.read_corpus(path, role)
-    corpus.check_disjoint(*parts.values())
-    return Texts(parts["calibration"], parts["search"], parts["evaluation"], note)
+    trained_on = None if training is None else corpus.read_corpus(training, "calibration")
+    corpus.check_disjoint(*parts.values(), *([trained_on] if trained_on else []))
+    return Texts(parts["calibration"], parts["search"], parts["evaluation"], note, trained_on)
 
 
 @dataclass(frozen=True)
@@ -182,7 +196,8 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     texts: Texts
     calibration: Windows
-    training: Windows | None
+    training: Examples | None
+    validation: Examples | None
     tuning: Windows | None
     search: Windows
     evaluation: Windows
@@ -206,10 +221,17 @@ def prepare(
     calibration: Path | None,
     search_text: Path | None,
     evaluation: Path | None,
+    training: Path | None = None,
     seed: int,
     memory_limit: str | None = None,
     trust_remote_code: bool = False,
 ) -> Prepared:
+    """
+    Args:
+        training: a text for the adapters: instructions with answers, or running text; the calibration's by default.
+    Raises:
+        QPrunerError: what is wrong with the request.
+    """
     require(recipe)
     parsed = Budget.parse(budget)
     allowed = None if memory_limit is None else bytes_of(memory_limit)
@@ -225,12 +247,18 @@ def prepare(
     check_reconstruction(fewer, recipe, counts)
     check_rounding(fewer, recipe)
     tokenizer = load.load_tokenizer(source)
-    texts = choose_texts(source.name, calibration, search_text, evaluation)
+    texts = choose_texts(source.name, calibration, search_text, evaluation, training)
     length = min(recipe.window, source.context_length or recipe.window)
 
     def cut(text: Corpus, n: int, fewest: int, seed: int | None = seed) -> Windows:
         return corpus.token_windows(text, tokenizer, length=length, n_windows=n, fewest=fewest, seed=seed)
 
+    def examples(text: Corpus, n: int, fewest: int) -> Examples:
+        how = dict(length=length, seed=seed, mask_prompts=recipe.mask_prompts)
+        return examples_of(text, tokenizer, n=n, fewest=fewest, **how)
+
+    trains = recipe.steps > 0 and recipe.adapter_rank > 0
+    validates = trains and recipe.validations > 0
     widest = counts if fewer is shape else widths.counts(shape.graph, recipe, 1.0)
     forecast = forecast_for(shape, recipe, widest, length, allowed)
     prepared = Prepared(
@@ -242,7 +270,8 @@ def prepare(
         tokenizer=tokenizer,
         texts=texts,
         calibration=cut(texts.calibration, recipe.calibration_windows, 4),
-        training=cut(texts.calibration, recipe.steps * recipe.batch_size, 4) if recipe.steps else None,
+        training=examples(texts.training or texts.calibration, recipe.steps * recipe.batch_size, 4) if trains else None,
+        validation=examples(texts.search, recipe.validation_windows, 1) if validates else None,
         tuning=cut(texts.calibration, tuning_windows(recipe), 4) if tunes_network(recipe) else None,
         search=cut(texts.search, recipe.search_windows, 2),
         evaluation=cut(texts.evaluation, recipe.evaluation_windows, 2, seed=None),
@@ -271,7 +300,12 @@ def require_weights(source: load.Source) -> None:
 
 
 def require(recipe: Recipe) -> None:
-    """The optional packages that this recipe and the report need, named before anything starts."""
+    """The optional packages that this recipe and the report need, named before anything starts; and one process."""
+    if (n_processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise RecipeError(
+            f"{n_processes} processes were launched for a run that takes one: only training is shared. Compress in one "
+            "process with steps=0, then launch the training of its artifact."
+        )
     needed = {"plotly": "report"} | ({"botorch": "search"} if recipe.allocation in ("bayesian", "joint") else {})
     for package, extra in needed.items():
         if importlib.util.find_spec(package) is None:

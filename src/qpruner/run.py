@@ -25,6 +25,8 @@ from qpruner.errors import OutputError
 from qpruner.files import copy, file_digest, replacing, write_text
 from qpruner.model.memory import peak_bytes
 
+WAIT = 0.1  # seconds between two looks whether another process has finished a stage
+
 
 def digest_of(value: Any) -> str:
     """Of any JSON value, whatever the order of its keys."""
@@ -32,23 +34,35 @@ def digest_of(value: Any) -> str:
 
 
 class Run:
-    """An open run folder; one process at a time."""
+    """An open run folder; one process at a time, and those that follow it.
 
-    def __init__(self, folder: Path, *, shared: Path | None = None, on_stage: Callable[[str], None] | None = None):
-        self.folder, self.shared = folder, shared
+    follows: this process was launched together with the one that leads. It computes nothing but what all of them
+        compute together, writes nothing, and waits for each stage of the other.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        shared: Path | None = None,
+        on_stage: Callable[[str], None] | None = None,
+        follows: bool = False,
+    ):
+        self.folder, self.shared, self.follows = folder, shared, follows
         self._on_stage = on_stage or (lambda name: None)
         self._measurements = folder / "measurements"
         self._measurements.mkdir(parents=True, exist_ok=True)
-        self._lock = (folder / "lock").open("w")
+        self._file = folder / "stages.json"
+        self._lock = (folder / "lock").open("a")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not follows:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.close()
             raise OutputError(
                 f"another process is at work in {folder}. Wait for it, or choose another output."
             ) from None
-        self._file = folder / "stages.json"
-        self.stages: dict[str, dict] = json.loads(self._file.read_text()) if self._file.is_file() else {}
+        self.stages: dict[str, dict] = self._read_stages()
 
     def __enter__(self) -> "Run":
         return self
@@ -64,13 +78,14 @@ class Run:
 
         return self._stage(stage, inputs, compute, ".json", write, lambda path: json.loads(path.read_text()))
 
-    def tensors(self, stage: str, inputs: Mapping, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Tensors by name, likewise."""
+    def tensors(
+        self, stage: str, inputs: Mapping, compute: Callable[[], dict[str, Tensor]], *, together: bool = False
+    ) -> dict[str, Tensor]:
+        """Tensors by name, likewise. together: processes that follow take part in computing them."""
         from safetensors.torch import load_file, save_file
 
-        return self._stage(
-            stage, inputs, compute, ".safetensors", lambda path, value: save_file(value, path), load_file
-        )
+        write = lambda path, value: save_file(value, path)
+        return self._stage(stage, inputs, compute, ".safetensors", write, load_file, together)
 
     def files(self, stage: str, inputs: Mapping, compute: Callable[[Path], None]) -> Path:
         """A folder that `compute` puts files into, likewise: for what may not fit in memory all at once."""
@@ -82,17 +97,26 @@ class Run:
         return self._stage(stage, inputs, lambda: None, "", write, lambda path: path)
 
     def event(self, what: str, **facts: Any) -> None:
+        if self.follows:
+            return
         with (self.folder / "events.jsonl").open("a") as file:
             file.write(json.dumps({"time": time.time(), "event": what, **facts}) + "\n")
 
     def seconds(self) -> dict[str, float]:
         return {name: entry["seconds"] for name, entry in self.stages.items()}
 
-    def _stage(self, stage, inputs, compute, suffix, write, read):
+    def _stage(self, stage, inputs, compute, suffix, write, read, together=False):
         inputs_digest = digest_of({"stage": stage, **inputs})
         path = self._measurements / f"{stage}{suffix}"
         self._on_stage(stage)
-        if not self._holds(stage, inputs_digest, path):
+        if self.follows:
+            common = self.shared and (self.shared / f"{inputs_digest}{suffix}").exists()
+            if together and not common and not self._holds(stage, inputs_digest, path):
+                compute()
+            while not self._holds(stage, inputs_digest, path):
+                time.sleep(WAIT)
+                self.stages = self._read_stages()
+        elif not self._holds(stage, inputs_digest, path):
             start = time.monotonic()
             common = self.shared and self.shared / f"{inputs_digest}{suffix}"
             if common and common.exists():
@@ -112,6 +136,9 @@ class Run:
             self.event("stage done", stage=stage, seconds=round(seconds, 3), peak_bytes=peak_bytes())
         # Always what the file holds: a resumed run must see exactly what the first one went on with.
         return read(path)
+
+    def _read_stages(self) -> dict[str, dict]:
+        return json.loads(self._file.read_text()) if self._file.is_file() else {}
 
     def _holds(self, stage: str, inputs_digest: str, path: Path) -> bool:
         entry = self.stages.get(stage)

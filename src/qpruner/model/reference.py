@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qpruner.files import replacing
+from qpruner.math.divergence import CHUNK_ELEMENTS, divergence, lumped, wide
 
 LARGEST_BYTES = 2**31  # of all that is kept
-CHUNK_ELEMENTS = 1 << 20  # logits that are worked on at a time: what the caches of a processor hold
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,24 +40,29 @@ class Reference:
         *,
         dtype: torch.dtype = torch.float16,
         largest: int = LARGEST_BYTES,
+        top: int | None = None,
     ) -> "Reference":
-        """logits: (batch, length, vocabulary) in the order of the windows; the last position predicts nothing known."""
+        """
+        Args:
+            logits: (batch, length, vocabulary) in the order of the windows; the last position predicts nothing known.
+            top: keep so many tokens of each prediction, or all of a vocabulary with one more at most; without it, as
+                many as `largest` bytes hold of all windows.
+        """
         values: Tensor | None = None
         classes: Tensor | None = None
         start = 0
         for batch in logits:
             for z in batch[:, :-1]:
                 if values is None:
-                    each = torch.empty((), dtype=dtype).itemsize
-                    fits = largest // (n_windows * len(z))
-                    whole = z.shape[1] * each <= fits
-                    k = z.shape[1] if whole else min(z.shape[1], max(1, (fits - each) // (each + 4)))
+                    k = _fitting(z.shape[1], dtype, largest // (n_windows * len(z))) if top is None else top
+                    whole = k >= z.shape[1] - 1
+                    k = z.shape[1] if whole else k
                     values = torch.empty(n_windows, len(z), k + (not whole), dtype=dtype)
                     classes = None if whole else torch.empty(n_windows, len(z), k, dtype=torch.int32)
-                r = torch.log_softmax(_wide(z), dim=-1)
+                r = torch.log_softmax(wide(z), dim=-1)
                 if classes is not None:
                     classes[start] = places = r.topk(classes.shape[2]).indices
-                    r = _lumped(r, places)
+                    r = lumped(r, places)
                 values[start] = r
                 start += 1
         assert values is not None and start == n_windows
@@ -76,9 +81,8 @@ class Reference:
             step = max(1, CHUNK_ELEMENTS // z.shape[1])
             for at in range(0, len(z), step):
                 rows = slice(at, at + step)
-                total += _divergence(
-                    r[rows].to(z.device), known if known is None else known[rows].to(z.device), z[rows]
-                )
+                places = None if known is None else known[rows].to(z.device)
+                total += divergence(r[rows].to(z.device), z[rows], places).double().sum().cpu()
             found.append(total / len(z))
         return torch.stack(found)
 
@@ -95,24 +99,7 @@ class Reference:
             return cls(file.get_tensor("values"), file.get_tensor("classes") if "classes" in names else None)
 
 
-def _wide(z: Tensor) -> Tensor:
-    return z.to(torch.promote_types(z.dtype, torch.float32))
-
-
-def _divergence(r: Tensor, classes: Tensor | None, z: Tensor) -> Tensor:
-    """Summed over tokens, float64 on the CPU."""
-    z = _wide(z)
-    r = r.to(z.dtype)
-    log_p, log_q = torch.log_softmax(r, dim=-1), torch.log_softmax(z, dim=-1)
-    if classes is not None:
-        log_q = _lumped(log_q, classes.long())
-    p = log_p.exp()
-    # Where p underflows to zero its term is zero, whatever q is.
-    terms = torch.where(p > 0, p * (log_p - log_q), 0.0)
-    return terms.sum(-1).double().sum().cpu()
-
-
-def _lumped(r: Tensor, places: Tensor) -> Tensor:
-    """Log-probabilities of some tokens, and of all others together."""
-    rest = torch.logsumexp(r.scatter(-1, places, -torch.inf), dim=-1, keepdim=True)
-    return torch.cat([r.gather(-1, places), rest], dim=-1)
+def _fitting(vocabulary: int, dtype: torch.dtype, size: int) -> int:
+    """Tokens of a prediction that can be kept in so many bytes."""
+    each = torch.empty((), dtype=dtype).itemsize
+    return vocabulary if vocabulary * each <= size else min(vocabulary, max(1, (size - each) // (each + 4)))

@@ -261,7 +261,18 @@ def _draw_recovery(facts: Facts) -> "Figure":
             line=dict(color=BLUE, width=2.5),
             hoverinfo="skip",
         )
-    if recovery.loss_before is not None and recovery.loss_after is not None:
+    if recovery.validation:
+        best = recovery.best_step
+        figure.add_scatter(
+            name="search text, the same loss",
+            mode="lines+markers",
+            x=[p.step for p in recovery.validation],
+            y=[p.loss for p in recovery.validation],
+            line=dict(color=ORANGE, width=1.5),
+            marker=dict(color=ORANGE, size=[11 if p.step == best else 5 for p in recovery.validation]),
+            hovertemplate="search text, step %{x}: %{y:.4f} nats/token<extra></extra>",
+        )
+    elif recovery.loss == "next-token" and recovery.loss_before is not None and recovery.loss_after is not None:
         figure.add_scatter(
             name="search text, before and after",
             mode="lines+markers",
@@ -272,7 +283,8 @@ def _draw_recovery(facts: Facts) -> "Figure":
             hovertemplate="search text: %{y:.4f} nats/token<extra></extra>",
         )
     figure.update_xaxes(title_text="step", tickformat="d", showgrid=False)
-    return figure.update_yaxes(title_text="loss, nats/token")
+    said = "divergence from the original" if recovery.loss == "distillation" else "loss"
+    return figure.update_yaxes(title_text=f"{said}, nats/token")
 
 
 def _draw_loftq(facts: Facts) -> "Figure":
@@ -369,7 +381,8 @@ CHARTS = {
     ),
     "recovery": Chart(
         "Training the adapters",
-        "The line falls as the adapters learn; the diamonds are the loss on the search text, which is not trained on.",
+        "The line falls as the adapters learn; the marks are the search text, which is not trained on; the "
+        "largest of them is the step whose adapters stayed.",
         "The recovery curve is left out: this run trained no adapters.",
         lambda f: f.recovery is not None and bool(f.recovery.curve),
         _draw_recovery,

@@ -336,9 +336,16 @@ class AdapterStart(Value):
 
 
 class Recovered(Value):
-    """Training of the adapters. loss_before, loss_after: nats per token on the search text."""
+    """Training of the adapters.
 
+    loss: what was made smaller. curve, validation: of that loss, on text that was trained on and on the search text.
+    best_step: whose adapters stayed; None for the last. loss_before, loss_after: of the next token, on the search text.
+    """
+
+    loss: Literal["distillation", "next-token"] = "next-token"
     curve: tuple[LossPoint, ...] = ()
+    validation: tuple[LossPoint, ...] = ()
+    best_step: int | None = None
     loss_before: float | None = None
     loss_after: float | None = None
     starts: tuple[AdapterStart, ...] = ()

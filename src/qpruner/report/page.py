@@ -160,13 +160,17 @@ def _search(facts: Facts) -> Numbers:
 
 
 def _recovery(facts: Facts) -> Numbers:
-    r = facts.recovery
-    said = [
-        f"training loss from {r.curve[0].loss:.3f} to {r.curve[-1].loss:.3f} nats per token in {len(r.curve)} steps"
-    ]
+    r, looked = facts.recovery, {p.step: p.loss for p in facts.recovery.validation}
+    what = "divergence from the original" if r.loss == "distillation" else "training loss"
+    said = [f"{what} from {r.curve[0].loss:.3f} to {r.curve[-1].loss:.3f} nats per token in {r.curve[-1].step} steps"]
+    if r.best_step is not None:
+        first, best = r.validation[0], looked[r.best_step]
+        said.append(f"on the search text from {first.loss:.4f} to {best:.4f} at step {r.best_step}, which stayed")
     if r.loss_before is not None and r.loss_after is not None:
         said.append(f"loss on the search text from {r.loss_before:.4f} to {r.loss_after:.4f}")
-    return Numbers(sentence(said), ("step", "training loss, nats/token"), [(p.step, p.loss) for p in r.curve])
+    learned = {p.step: p.loss for p in r.curve}
+    rows = [(step, learned.get(step, ""), looked.get(step, "")) for step in sorted(learned | looked)]
+    return Numbers(sentence(said), ("step", f"{what}, nats/token", "the same on the search text"), rows)
 
 
 def _loftq(facts: Facts) -> Numbers:

@@ -1,0 +1,33 @@
+"""Training in two processes: the same batches, the same adapters, one that writes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+
+
+def launched(folder: Path, n: int) -> list[dict]:
+    """What every process had in the end."""
+    folder.mkdir()
+    launch = ["-m", "accelerate.commands.launch", "--cpu", f"--num_processes={n}", "--main_process_port=0"]
+    launch = [*launch, "--mixed_precision=no", "--num_machines=1", "--dynamo_backend=no", "--num_cpu_threads_per_process=1"]
+    source = str(HERE.parent / "src")
+    subprocess.run(
+        [sys.executable, *(launch if n > 1 else ()), str(HERE / "two_processes.py"), str(folder)], check=True,
+        env=os.environ | {"PYTHONPATH": f"{source}{os.pathsep}{HERE}"}, timeout=300, capture_output=True,
+    )  # fmt: skip
+    return [torch.load(folder / f"{rank}.pt") for rank in range(n)]
+
+
+def test_two_processes_learn_what_one_does(tmp_path):
+    (alone,) = launched(tmp_path / "one", 1)
+    first, second = launched(tmp_path / "two", 2)
+    assert first["found"] == second["found"]
+    torch.testing.assert_close(first["adapters"], second["adapters"], rtol=0, atol=0)
+    torch.testing.assert_close(first["found"], alone["found"], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(first["adapters"], alone["adapters"], rtol=1e-3, atol=1e-5)
+    assert not list((tmp_path / "two" / "passes").iterdir())
