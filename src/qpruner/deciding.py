@@ -156,7 +156,7 @@ def choose_bits(
         plan, sensitivity, trials, chosen = job.plan(kept, job.recipe.bits[0]), None, [], None
     else:
         sensitivity, trials, chosen = None, [], None
-        if job.recipe.allocation in ("sensitivity", "bayesian"):
+        if job.recipe.tries_adapters:
             sensitivity = _sensitivity(job, *loaded, kept)
         choices = _choices(job, kept, information, sensitivity)
         if job.recipe.allocation == "bayesian":
@@ -175,8 +175,12 @@ def settled(job: Job, scores: dict[str, Tensor], kept: dict, specs: dict[str, Qu
 def _written(job: Job, decided: Decided) -> Decided:
     size = job.shape.size(decided.plan).total
     assert size <= job.prepared.limit_bytes, f"{size} bytes planned, {job.prepared.limit_bytes} allowed"
-    write_text(job.run.folder / "plan.json", decided.plan.to_json())
+    write_plan(job, decided.plan)
     return decided
+
+
+def write_plan(job: Job, plan: Plan) -> None:
+    write_text(job.run.folder / "plan.json", plan.to_json())
 
 
 def units_of(job: Job) -> tuple[BitUnit, ...]:
@@ -227,7 +231,9 @@ def _choices(job: Job, kept, information, sensitivity) -> Choices:
             for u in units_of(job)
         ]
     )
-    stored = [job.shape.size(job.plan(kept, b)) for b in job.recipe.bits]
+    sized = job.recipe.model_copy(update={"rank_by": "uniform"})  # adapters never take more than by this rule
+    plans = [job.shape.plan(sized, kept, b, embeddings=job.embeddings) for b in job.recipe.bits]
+    stored = [job.shape.size(plan) for plan in plans]
     # The header names shapes and offsets, whose digits depend on the mixture: a few bytes a linear at the most.
     headers = max(size.headers for size in stored) + HEADER_SLACK * len(job.graph.linears)
     elsewhere = stored[0].total - stored[0].linears - stored[0].headers + headers

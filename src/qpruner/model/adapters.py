@@ -258,10 +258,10 @@ def merge_adapters_(model: nn.Module) -> None:
         del model.peft_config
 
 
-def merged(base: nn.Module, correction: Tensor) -> nn.Module:
-    """The linear with `correction`, (d_out, d_in), added."""
+def merged(base: nn.Module, correction: Tensor, *, ranges: str = "absmax") -> nn.Module:
+    """The linear with `correction`, (d_out, d_in), added; a packed one anew, rounded to nearest by these ranges."""
     if isinstance(base, Quantized):
-        return repacked(base, base.dequantize(torch.float64) + correction)
+        return repacked(base, base.dequantize(torch.float64) + correction, ranges)
     added = correction.T if isinstance(base, Conv1D) else correction
     base.weight.copy_(base.weight.double() + added)
     return base
