@@ -138,7 +138,9 @@ def test_the_better_of_merged_and_beside_ships(model, tmp_path, short_text, reci
     for how in ("merged", "beside"):
         one = compress(model, tmp_path / how, f"{recipe},adapters={how}]", short_text)
         assert one.facts.sizes.predicted == one.facts.sizes.on_disk <= one.facts.sizes.asked
-        if how == found.ships:
+        alike = Plan.read(one.artifact / "plan.json").specs == plan.specs  # merged adapters leave more room for bits
+        assert alike or how == "merged"
+        if alike and how == found.ships:
             same = [n for n in files(one.artifact) if n.endswith(".safetensors")]
             assert all(files(one.artifact)[n] == files(made.artifact)[n] for n in same)
 
