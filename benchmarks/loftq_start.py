@@ -1,4 +1,4 @@
-"""Claim: adapters start nearer to the original when codes and factors are found together, in the norm of what comes out.
+"""Claim: adapters start nearer to the original when codes and factors are found in the norm of what comes out.
 
     python benchmarks/loftq_start.py [--model pystdlib-5M] [--bits 2 3 4] [--rank 8] [--steps 30] [--out FILE.json]
 

@@ -72,5 +72,5 @@ def test_where_bits_are_tried_with_adapters_beside_them_widths_alone_count(graph
 
 
 def test_16_bits_take_adapters_in(graph):
-    how = "adapters=best,steps=4"
-    assert planned(graph, how, [16]).adapters == "merged" and planned(graph, how, [4, 16]).adapters == "beside"
+    adapters = lambda bits: planned(graph, f"adapters=best,steps=4,bits={bits}", bits).adapters
+    assert adapters([16]) == "merged" and adapters([4, 16]) == "beside"

@@ -40,8 +40,8 @@ class Merging:
 
 
 def merged_or_beside(job: Job, plan: Plan, model: nn.Module, *, beside: float) -> Merging:
-    """Leaves the model with what ships: as the recipe says, or with the better of both, of equal ones the merged one,
-    which is smaller.
+    """Leaves the model with what ships: as the recipe says, or with the better of both. Of equal ones, and where no
+    linear is quantized, that is the merged one, which is smaller.
 
     Args:
         model: with the trained adapters of the plan, as they are stored, beside packed or dense linears.
@@ -55,7 +55,7 @@ def merged_or_beside(job: Job, plan: Plan, model: nn.Module, *, beside: float) -
     for name, linear in merged_linears(job, plan, model).items():
         model.set_submodule(name, linear)
     loss = search_loss(job, model)
-    if plan.adapters == "beside" and loss > beside:
+    if plan.adapters == "beside" and plan.quantizes and loss > beside:
         for name, layer in layers.items():
             model.set_submodule(name, layer)
         return Merging(plan, beside, loss)
