@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -156,7 +156,7 @@ def choose_bits(
         plan, sensitivity, trials, chosen = job.plan(kept, job.recipe.bits[0]), None, [], None
     else:
         sensitivity, trials, chosen = None, [], None
-        if job.recipe.allocation in ("sensitivity", "bayesian"):
+        if job.recipe.tries_adapters:
             sensitivity = _sensitivity(job, *loaded, kept)
         choices = _choices(job, kept, information, sensitivity)
         if job.recipe.allocation == "bayesian":
@@ -177,6 +177,11 @@ def _written(job: Job, decided: Decided) -> Decided:
     assert size <= job.prepared.limit_bytes, f"{size} bytes planned, {job.prepared.limit_bytes} allowed"
     write_text(job.run.folder / "plan.json", decided.plan.to_json())
     return decided
+
+
+def shipping(job: Job, decided: Decided, plan: Plan) -> Decided:
+    """The same with the plan that ships, where carrying it out settled what was open."""
+    return decided if plan == decided.plan else _written(job, replace(decided, plan=plan))
 
 
 def units_of(job: Job) -> tuple[BitUnit, ...]:
@@ -227,7 +232,9 @@ def _choices(job: Job, kept, information, sensitivity) -> Choices:
             for u in units_of(job)
         ]
     )
-    stored = [job.shape.size(job.plan(kept, b)) for b in job.recipe.bits]
+    sized = job.recipe.model_copy(update={"rank_by": "uniform"})  # adapters never take more than by this rule
+    plans = [job.shape.plan(sized, kept, b, embeddings=job.embeddings) for b in job.recipe.bits]
+    stored = [job.shape.size(plan) for plan in plans]
     # The header names shapes and offsets, whose digits depend on the mixture: a few bytes a linear at the most.
     headers = max(size.headers for size in stored) + HEADER_SLACK * len(job.graph.linears)
     elsewhere = stored[0].total - stored[0].linears - stored[0].headers + headers

@@ -263,6 +263,23 @@ class Plan(Value):
         """Those of `embeddings` that are stored in codes indeed."""
         return {name: spec for name, spec in self.embeddings.items() if spec.bits < 16}
 
+    @property
+    def weighs_adapters(self) -> bool:
+        """Whether adapters start from errors that are counted as the inputs make them count."""
+        if not (self.adapter_ranks and self.recovery.loftq_iterations and self.quantizes):
+            return False
+        return self.recovery.loftq_weighting == "gram" or self.rounding.method == "gptq"
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether any linear has fewer than 16 bits."""
+        return any(spec.bits < 16 for spec in self.specs.values())
+
+    @property
+    def rounds_with_text(self) -> bool:
+        """Whether calibration text goes through the model for the codes, or for what adapters start from."""
+        return self.quantizes and (self.rounding.needs_text or self.weighs_adapters)
+
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
 

@@ -84,19 +84,14 @@ def check_reconstruction(shape: Shape, recipe: Recipe, counts: widths.Counts) ->
 
 
 def check_rounding(shape: Shape, recipe: Recipe) -> None:
-    """Refuse rounding with text where layers cannot run one at a time, and where merged adapters would undo it."""
-    if not recipe.rounds().needs_text or recipe.bits[0] == 16:
+    """Refuse rounding with text where layers cannot run one at a time."""
+    if not recipe.rounds_with_text:
         return
     if shape.graph.exchanges:
         raise RecipeError(
             f"recipe {recipe.name!r} rounds linears layer by layer, and the layers of {shape.source.name!r} cannot run "
-            f"one at a time: {shape.graph.exchanges[0]}. Set rounding to nearest, and layer_steps and network_steps "
-            "to 0."
-        )
-    if recipe.adapters == "merged" and recipe.adapter_rank and recipe.steps:
-        raise RecipeError(
-            f"recipe {recipe.name!r} merges trained adapters into weights of {recipe.bits[0]} bits, which are then "
-            f"rounded to nearest again: that undoes what its rounding gains. Set adapters to beside, or steps to 0."
+            f"one at a time: {shape.graph.exchanges[0]}. Set rounding to nearest, loftq_weighting to none, and "
+            "layer_steps and network_steps to 0."
         )
 
 

@@ -98,12 +98,14 @@ class Recipe(Value):
             fit in memory.
         tuning_batch: windows in each such step.
     Recovery
-        adapter_rank: at most; a linear gets no more than 1/32 of its smaller side. 0 for none.
-        rank_by: `uniform`, or `cut`: more for linears that lost more of their bytes, `adapter_rank` on average.
-        adapters: stored beside the base, or merged into it (packed linears are rounded again); `best` tries both.
+        adapter_rank: of each linear, and no more than 1/32 of its smaller side. 0 for none.
+        rank_by: `uniform`, or `cut`: more for linears that lost more of their bytes, in the bytes that `adapter_rank`
+            for all would take. With allocation sensitivity or bayesian widths alone count: adapters come before bits.
+        adapters: stored beside the base, or merged into it (packed linears are rounded again, as they were before);
+            `best` tries both once they are trained, and takes what loses less on the search text.
         adapter_alpha, adapter_dropout: the adapters' output is scaled by alpha / rank.
         loftq_iterations, loftq_weighting: of the start that makes up for rounding; `gram` counts errors as the inputs
-            of each linear make them count.
+            of each linear make them count, which rounding gptq always does. Trials of a search do not.
         loss: `distillation`, the divergence from the original's predictions, or `next-token` of the text.
         teacher_top: of the original's predictions for a token so many are kept, and all others together.
         block_weight: of the squared relative distance between hidden states and the original's, beside distillation.
@@ -221,10 +223,10 @@ class Recipe(Value):
             raise ValueError(f"grid {self.grid} has {GRIDS[self.grid]} bits, and none of {self.bits} is among them")
         if self.propagation and self.rounding == "nearest":
             raise ValueError("propagation fits weights before gptq rounds them: it needs rounding gptq")
-        if self.adapter_rank and self.loftq_iterations and self.rounds().needs_text:
+        if self.adapter_rank and self.loftq_iterations and (self.layer_steps or self.network_steps):
             raise ValueError(
-                "LoftQ finds codes and adapters together, by rounding to nearest: with another rounding set "
-                "loftq_iterations or adapter_rank to 0"
+                "LoftQ finds codes and adapters together, and codes that are learned afterwards would undo that: with "
+                "layer_steps or network_steps set loftq_iterations to 0 (adapters then start at zero), or adapter_rank"
             )
         if "rescale" in self.transforms and self.network_steps:
             raise ValueError("rescale changes weights that network_steps would go on from: leave one of them out")
@@ -250,6 +252,23 @@ class Recipe(Value):
         if self.score == "flap" and self.scope == "global" and self.worth == "per-byte":
             raise ValueError("score flap is below zero for half of the units: in scope global it wants worth: score")
         return self
+
+    @property
+    def tries_adapters(self) -> bool:
+        """Whether bits are chosen on the pruned model, with adapters beside what is tried."""
+        return len(self.bits) > 1 and self.allocation in ("sensitivity", "bayesian")
+
+    @property
+    def weighs_adapters(self) -> bool:
+        """Whether adapters start from errors that are counted as the inputs make them count."""
+        if not (self.adapter_rank and self.loftq_iterations and self.bits[0] < 16):
+            return False
+        return self.loftq_weighting == "gram" or self.rounding == "gptq"
+
+    @property
+    def rounds_with_text(self) -> bool:
+        """Whether calibration text goes through the model for the codes, or for what adapters start from."""
+        return self.bits[0] < 16 and (self.rounds().needs_text or self.weighs_adapters)
 
     def spec(self, bits: int) -> QuantSpec:
         """How a linear is stored at so many bits."""

@@ -22,9 +22,9 @@ CURVE = "tuning.json"
 
 
 def rounded(job: Job, plan: Plan) -> tuple[Job, list[dict]]:
-    """The job that has the codes of all quantized linears, and a row for each of them; as it was where the plan rounds
-    to nearest, or nothing at all."""
-    if not plan.rounding.needs_text or all(spec.bits == 16 for spec in plan.specs.values()):
+    """The job that has the codes of all quantized linears, with what adapters start from, and a row for each whose
+    codes text decided; as it was where the plan rounds without text, or nothing at all."""
+    if not plan.rounds_with_text:
         return job, []
     windows = job.prepared.calibration.ids
     inputs = _inputs(job, plan, windows)
@@ -80,6 +80,9 @@ def tuned(job: Job, plan: Plan, model: nn.Module, candidates: Candidates) -> tup
 
 def _inputs(job: Job, plan: Plan, windows: Tensor) -> dict:
     decided = plan.model_dump(mode="json", include={"kept", "layers", "specs", "rounding", "added_biases"})
+    if plan.adapter_ranks and plan.recovery.loftq_iterations:
+        settings = plan.recovery.model_dump(include={"adapter_alpha", "loftq_iterations", "loftq_weighting"})
+        decided["starts"] = {"ranks": plan.adapter_ranks, **settings}
     if plan.packed_embeddings:
         decided["embeddings"] = {name: spec.model_dump(mode="json") for name, spec in plan.packed_embeddings.items()}
     return job.inputs(plan=decided, windows=digest_of(windows.tolist()))

@@ -105,7 +105,11 @@ def shape_of(source: load.Source) -> Shape:
 
 
 def stored_sizes(shape: Shape, recipe: Recipe) -> tuple[Callable[[widths.Kept], float], ...]:
-    """Bytes of what is kept when the linears have `mean_bits` on average, and when they have the fewest bits."""
+    """Bytes of what is kept when the linears have `mean_bits` on average, and when they have the fewest bits.
+
+    With the same rank for all adapters, which is never less than what they take by another rule.
+    """
+    recipe = recipe.model_copy(update={"rank_by": "uniform"})
     low, high = recipe.bits[0], recipe.bits[-1]
 
     def size_at(bits: float) -> Callable[[widths.Kept], float]:
@@ -213,8 +217,7 @@ def any_layers(shape: Shape, recipe: Recipe, limit_bytes: int) -> Shape:
 
 def needs_all_in_memory(recipe: Recipe) -> bool:
     """Whether the plan is decided or carried out on a model that is in memory as a whole."""
-    searched = len(recipe.bits) > 1 and recipe.allocation in ("sensitivity", "bayesian")
-    return searched or tunes_network(recipe) or (recipe.steps > 0 and recipe.adapter_rank > 0)
+    return recipe.tries_adapters or tunes_network(recipe) or (recipe.steps > 0 and recipe.adapter_rank > 0)
 
 
 GATED_COPIES = 3  # of the model in float32: its weights, those that a step puts in their place, gradients of these
@@ -288,15 +291,15 @@ def work_for(shape: Shape, recipe: Recipe, counts: widths.Counts, window: int) -
 
 def rounds_for(shape: Shape, recipe: Recipe) -> memory.Rounds | None:
     """The most that rounding with text is asked for at once."""
-    settings, found, ends = recipe.rounds(), [], Counter()
-    if not settings.needs_text or recipe.bits[0] == 16:
+    if not recipe.rounds_with_text:
         return None
+    settings, found, ends = recipe.rounds(), [], Counter()
     for fused in shape.graph.projections:
         sites = [shape.graph.linears[name] for name in fused.linears]
         ends[fused.layer] += sites[0].d_in if len(sites) == 1 else 0
         found.append((sum(site.d_out for site in sites), sites[0].d_in))
     how = max(ends.values(), default=0), settings.needs_original, 1 + len(settings.dampings), settings.layer_steps > 0
-    rounds = [memory.Rounds(d_out, k, *how) for d_out, k in found]
+    rounds = [memory.Rounds(d_out, k, *how, weighs=recipe.weighs_adapters) for d_out, k in found]
     return max(rounds, key=lambda each: each.size_bytes, default=None)
 
 

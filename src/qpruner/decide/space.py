@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from qpruner.decide.draft import rank_of
+from qpruner.decide.ranks import rank_of
 from qpruner.model import cost
 from qpruner.model.graph import Graph
 from qpruner.plan import DENSE, QuantSpec, Selection

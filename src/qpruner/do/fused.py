@@ -57,10 +57,17 @@ class Fused:
             start += site.d_out
         return torch.cat(found)
 
-    def put_(self, made: Mapping[str, Quantized], dtype: torch.dtype) -> None:
-        """Have the layer compute with what will be stored, biases in dtype."""
+    def put_(
+        self, made: Mapping[str, Quantized], dtype: torch.dtype, beside: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Have the layer compute with what will be stored, biases in dtype.
+
+        beside: what adapters add to the weights of some of them.
+        """
         for inner, linear, _ in self.linears:
             Q, bias = made[inner].dequantize(), made[inner].bias
+            if beside and inner in beside:
+                Q = (Q + beside[inner]).to(Q.dtype)
             changed = {"weight": Q.T if self.sites[inner].transposed else Q}
             refill_(linear, **changed, **({} if bias is None else {"bias": bias.to(dtype)}))
 

@@ -3,14 +3,13 @@
 A trial of the search and the final artifact use the same candidates: what was judged is what ships.
 """
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from qpruner.math import loftq
+from qpruner.do import starts
+from qpruner.do.starts import Candidate
 from qpruner.model import adapters
 from qpruner.model.graph import Graph, LinearSite
 from qpruner.model.packed.embedding import put_embedding_
@@ -19,16 +18,6 @@ from qpruner.model.packed.split import Quantized, packed, stored
 from qpruner.model.surgery import refill_
 from qpruner.model.tensors import Stored
 from qpruner.plan import Plan, QuantSpec
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One linear stored one way. Errors are relative Frobenius norms of what is lost, with and without the adapter."""
-
-    layer: nn.Module
-    factors: tuple[Tensor, Tensor] | None  # A (rank, d_in), B (d_out, rank)
-    error: float
-    plain_error: float
 
 
 class Candidates:
@@ -96,7 +85,7 @@ class Candidates:
     def put_stored_(self, specs: Mapping[str, QuantSpec], codes: Stored) -> None:
         """Have the quantized linears that stand there store other codes; adapters start anew.
 
-        codes: may have other tensors of the model, which take the place of its own.
+        codes: may have the starts that were found with them; other tensors of the model take the place of its own.
         """
         modules = dict(self._model.named_modules()) | self._dense
         for name in codes.places:
@@ -157,33 +146,22 @@ def made(
 ) -> Candidate:
     """One linear stored as `spec` says, with the start of the adapter that the plan gives it.
 
-    codes: what quantized linears store, by name; without them the weight is rounded to nearest.
+    codes: what quantized linears store, by name, and maybe the starts that were found with them; without codes the
+        weight is rounded to nearest.
     """
-    rank = plan.adapter_ranks.get(site.name, 0)
     W = matrix_of(dense, site)
-    # From the name and the seed alone, so that the order in which candidates are asked for does not matter.
-    number = hashlib.sha256(f"{plan.seed} {site.name}".encode()).digest()[:7]
-    generator = torch.Generator().manual_seed(int.from_bytes(number))
     if spec.bits == 16:
-        factors = loftq.fresh_adapter(*W.shape, rank, adapter_dtype, generator, W.device) if rank else None
-        return Candidate(dense, factors, 0.0, 0.0)
+        return starts.fresh(dense, W.shape, site.name, plan, adapter_dtype)
 
     def rounding(weight: Tensor) -> tuple[Quantized, Tensor]:
         layer = packed(weight, dense.bias, spec, ranges=plan.rounding.ranges)
         return layer, layer.dequantize()
 
-    def known(_: Tensor) -> tuple[Quantized, Tensor]:
-        layer = stored_in(codes, site.name, spec, dense, W.shape[1])
-        return layer, layer.dequantize()
-
-    recovery = plan.recovery
-    found = loftq.split(
-        W, rounding if codes is None else known, rank=rank, scaling=recovery.adapter_alpha / max(rank, 1),
-        iterations=recovery.loftq_iterations, dtype=adapter_dtype, generator=generator,
-    )  # fmt: skip
-    norm = max(loftq.norm(W), 1e-30)
-    factors = (found.A, found.B) if rank else None
-    return Candidate(found.stored, factors, found.error / norm, found.plain_error / norm)
+    if codes is None:
+        return starts.started(W, site.name, rounding, plan, adapter_dtype)
+    layer = stored_in(codes, site.name, spec, dense, W.shape[1])
+    known = starts.read(codes, site.name, layer)
+    return known or starts.started(W, site.name, lambda _: (layer, layer.dequantize()), plan, adapter_dtype)
 
 
 def matrix_of(dense: nn.Module, site: LinearSite) -> Tensor:

@@ -3,7 +3,8 @@
 Layer by layer, and in a layer in the order of the calls, the linears that share an input are rounded together with
 feedback (`math/gptq.py`). With propagation the original walks along: linears then aim at what the original gives, those
 that add to the hidden states at what makes their sum the original's, so that each makes up for the errors before it.
-Rounded weights are in the layer when it passes on. Stacked experts stay as they are.
+Rounded weights are in the layer when it passes on, with their adapters where these start from what rounding lost: codes
+and factors of a linear are then found together (`do/starts.py`). Stacked experts stay as they are.
 """
 
 import math
@@ -14,12 +15,13 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from qpruner.do import starts
 from qpruner.do.fused import Fused, by_name, fused_in
 from qpruner.do.junction import Junction, inputs_of
 from qpruner.do.replay import End, Replay, ends_of
 from qpruner.do.rescale import rescale_
 from qpruner.do.walk import FACTS, in_order, n_fitted, side_by_side
-from qpruner.math import propagation
+from qpruner.math import loftq, propagation
 from qpruner.math.least_squares import Moments, Pairs
 from qpruner.model.graph import Graph
 from qpruner.model.memory import REFIT_TOKENS
@@ -44,6 +46,7 @@ class Rounded:
         was solved; 1 where none was.
     error, error_nearest: of what comes out, squared and relative, and what plain rounding with the same scales leaves:
         with propagation to what the original gives, on held-out windows; otherwise to what the linear gave before.
+        Without adapters, which may come beside it.
     tokens: that it was rounded for; 0 where no input was seen, and weights were rounded to nearest.
     """
 
@@ -67,22 +70,25 @@ def round_(
     dtype: torch.dtype,
     scratches: tuple[Scratch, Scratch],
     tune: Tune | None = None,
+    salient: Mapping[str, Tensor] | None = None,
     on_layer: OnLayer | None = None,
 ) -> Results:
-    """For every layer: what its quantized linears store, by name, and facts that `facts_of` reads.
+    """For every layer: what its quantized linears store, by name, where their adapters start, and facts that `facts_of`
+    reads.
 
     Args:
         original: walks along; None where the plan needs none.
         pruned: by the plan, and refitted; it is of no use afterwards, its weights are rounded as far as they stay.
         graph: of the model of the layers that stay, before the cuts.
         windows: (n, length) token ids, two at least with propagation.
-        dtype: in which biases will be stored.
+        dtype: in which biases and adapters will be stored.
+        salient: input channels of linears that are to be salient, without propagation; otherwise they are chosen.
         scratches: of the original and of the pruned model; an interrupted walk goes on after its last finished layer.
     """
     assert original is not None or not plan.rounding.needs_original
     border = len(windows) if original is None else n_fitted(len(windows), plan.rounding.held_out)
     rows = remaining(graph, plan.kept)
-    known: dict[str, _Structure] = {}
+    known: dict[tuple, _Structure] = {}
     if original is None:
         size = max(1, REFIT_TOKENS // windows.shape[1])
         steps: Iterator = ((None, s) for s in pruned.steps(windows, scratches[1], batch_size=size, on_layer=on_layer))
@@ -90,11 +96,10 @@ def round_(
         how = dict(border=border, on_layer=on_layer)
         steps = side_by_side(original, pruned, plan.layers, windows, scratches, **how)
     for theirs, ours in steps:
-        structure = known.get(repr(ours.layer))
-        layer = _Layer(theirs, ours, graph, plan, rows, border, dtype)
-        if structure is None:  # layers that print alike are built alike
-            structure = known[repr(ours.layer)] = layer.structure()
-        ours.finish(layer.rounded(structure, tune))
+        layer = _Layer(theirs, ours, graph, plan, rows, border, dtype, salient or {})
+        if layer.kind not in known:
+            known[layer.kind] = layer.structure()
+        ours.finish(layer.rounded(known[layer.kind], tune))
     return pruned.results(scratches[1])
 
 
@@ -138,15 +143,27 @@ class _Layer:
         rows: Mapping[str, tuple[Tensor, Tensor]],
         border: int,
         dtype: torch.dtype,
+        salient: Mapping[str, Tensor],
     ):
+        self._salient = salient
         self._theirs, self._ours, self._graph, self._plan = theirs, ours, graph, plan
         self._rounding = plan.rounding
         self._outputs: dict[str, Tensor] = {}  # of what linears give: so many times what it was before it was rescaled
         self._rows, self._border, self._dtype = rows, border, dtype
         self._fused = {fused.first: fused for fused in fused_in(ours.layer, ours.index, graph, plan.specs)}
 
+    @property
+    def _looks(self) -> bool:
+        """Whether the inputs of linears are looked at."""
+        return self._rounding.method != "nearest" or self._plan.weighs_adapters
+
+    @property
+    def kind(self) -> tuple:
+        """Layers that print alike are built alike; what is quantized of them may differ."""
+        return repr(self._ours.layer), tuple(self._fused)
+
     def structure(self) -> _Structure:
-        if self._rounding.method == "nearest":
+        if not self._looks:
             return _Structure(list(self._fused), {}, {})
         order = in_order(self._ours, {first: first for first in self._fused})
         alone = [first for first, fused in self._fused.items() if len(fused.sites) == 1]  # others join no sum
@@ -160,14 +177,14 @@ class _Layer:
         with ExitStack() as stack:
             ours = stack.enter_context(Replay(self._ours, structure.ends))
             theirs = None if self._theirs is None else stack.enter_context(Replay(self._theirs, structure.ends))
-            made, facts = self._all_rounded(theirs, ours, structure)
+            made, found = self._all_rounded(theirs, ours, structure)
             if theirs is not None:
                 theirs.pass_all_on()
             if tune is not None and made:
                 ours.forget()
                 made = self._tuned(tune, made, before)
             ours.pass_all_on()
-        return facts | changed | by_name(list(self._fused.values()), made, self._dtype)
+        return found | changed | by_name(list(self._fused.values()), made, self._dtype)
 
     def _rescaled(self) -> dict[str, Tensor]:
         """Tensors besides those of quantized linears that are other ones now, by name."""
@@ -194,13 +211,13 @@ class _Layer:
     def _all_rounded(
         self, theirs: Replay | None, ours: Replay, structure: _Structure
     ) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
-        """Quantized linears by inner name, and facts."""
+        """Quantized linears by inner name; facts, and where adapters start."""
         made: dict[str, Quantized] = {}
-        facts: dict[str, Tensor] = {}
+        others: dict[str, Tensor] = {}
         to_do = list(structure.order)
         while to_do:
             fused = self._fused[to_do.pop(0)]
-            found = None
+            found = G = None
             if self._rounding.method != "nearest":
                 place = structure.places.get(fused.first)
                 later = [inner for inner in to_do if structure.places.get(inner) == place is not None]
@@ -208,26 +225,55 @@ class _Layer:
                 numbers = UNSEEN
                 if found is not None:
                     numbers = [found.damping, found.condition, found.error_nearest, found.error, tokens]
-                facts |= {
+                    G = found.rounding.G
+                others |= {
                     FACTS + site.name: torch.tensor(numbers, dtype=torch.float64) for site in fused.sites.values()
                 }
-            own = self._assembled(fused, found)
-            fused.put_(own, self._dtype)
+            elif self._plan.weighs_adapters:
+                ours.settle(fused.first, fused.W.shape[1])
+                G = self._inputs(ours, fused).XX
+            starts_ = self._started(fused, found, G)
+            own = {inner: candidate.layer for inner, candidate in starts_.items()}
+            beside = {inner: candidate.factors for inner, candidate in starts_.items() if candidate.factors}
+            fused.put_(own, self._dtype, {inner: starts.correction(self._plan, of) for inner, of in beside.items()})
+            for inner in beside:
+                others |= starts.tensors_of(fused.sites[inner].name, starts_[inner])
             made |= own
-        return made, facts
+        return made, others
 
-    def _assembled(self, fused: Fused, found: propagation.Found | None) -> dict[str, Quantized]:
-        """Each by itself; without what was found rounded to nearest."""
+    def _started(self, fused: Fused, found: propagation.Found | None, G: Tensor | None) -> dict[str, starts.Candidate]:
+        """Each by itself; without what was found rounded to nearest. G: of the inputs, where errors count by them."""
+        corrects = self._plan.recovery.loftq_iterations > 0
+        L = loftq.weighting(G) if G is not None and corrects and self._plan.adapter_ranks else None
         own, start = {}, 0
         for inner, linear, W in fused.linears:
-            if found is None:
-                own[inner] = packed(W, linear.bias, fused.spec, ranges=self._rounding.ranges)
-                continue
-            rows = slice(start, start + len(W))
-            parts, start = found.parts.rows(rows), rows.stop
-            bias = linear.bias if found.b is None else found.b[rows].to(self._dtype)
-            own[inner] = assembled(parts.rest, parts.high, parts.salient, bias, fused.spec)
+            rows = slice(start, start := start + len(W))
+            name, target = fused.sites[inner].name, W if found is None else found.V[rows]
+
+            def rounding(V: Tensor, linear=linear, rows=rows) -> tuple[Quantized, Tensor]:
+                if found is None:
+                    layer = packed(V, linear.bias, fused.spec, ranges=self._rounding.ranges)
+                else:
+                    parts = found.rounding(V)
+                    layer = assembled(parts.rest, parts.high, parts.salient, linear.bias, fused.spec)
+                return layer, layer.dequantize(V.dtype)
+
+            if corrects and name in self._plan.adapter_ranks:
+                own[inner] = starts.started(target, name, rounding, self._plan, self._dtype, L)
+            elif found is None:
+                own[inner] = starts.Candidate(rounding(W)[0], None, 0.0, 0.0)
+            else:
+                parts = found.parts.rows(rows)
+                layer = assembled(parts.rest, parts.high, parts.salient, linear.bias, fused.spec)
+                own[inner] = starts.Candidate(layer, None, 0.0, 0.0)
+            self._make_up_(own[inner], found, rows)
         return own
+
+    def _make_up_(self, candidate: starts.Candidate, found: propagation.Found | None, rows: slice) -> None:
+        """Give a linear the bias that was found for it, if one was."""
+        if found is not None and found.b is not None:
+            Q = candidate.layer.dequantize(torch.float64) + starts.correction(self._plan, candidate.factors)
+            candidate.layer.bias.data = found.bias(rows, Q).to(self._dtype)
 
     def _found(
         self, theirs: Replay | None, ours: Replay, fused: Fused, junction: Junction, later: list[str]
@@ -242,12 +288,18 @@ class _Layer:
         parts = self._moments(theirs, ours, fused, junction, later) if self._rounding.propagation else None
         if parts is not None:
             return propagation.propagated(W, fused.b, *parts, *how, self._rounding.dampings), parts[0].n
+        moments, salient = self._inputs(ours, fused), self._salient.get(fused.sites[fused.first].name)
+        return (propagation.gptq(W, moments.XX, *how, salient) if moments.n else None), moments.n
+
+    def _inputs(self, ours: Replay, fused: Fused) -> Moments:
+        """Of the inputs alone."""
+        W = fused.W
         moments = Moments(W.shape[1], 0, W.device)
         for b in range(len(ours.batches)):
             X = inputs_of(ours, b, fused.first)
             if X is not None:
                 moments.add_(X, X.new_empty(len(X), 0))
-        return (propagation.gptq(W, moments.XX, *how) if moments.n else None), moments.n
+        return moments
 
     def _moments(
         self, theirs: Replay, ours: Replay, fused: Fused, junction: Junction, later: list[str]

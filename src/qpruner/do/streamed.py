@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from qpruner.do import starts
 from qpruner.do.quantize import made
 from qpruner.model import adapters
 from qpruner.model.checkpoint import TORCH_DTYPES
@@ -90,12 +91,11 @@ class LayerByLayer:
             candidate = made(dense, site, spec, self._plan, adapter_dtype, codes=self._codes)
             stands = candidate.layer
             if candidate.factors is not None:
-                A, B = candidate.factors
                 if self._plan.adapters == "merged":
-                    scaling = self._plan.recovery.adapter_alpha / len(A)
-                    stands = adapters.merged(stands, scaling * (B.double() @ A.double()))
+                    change = starts.correction(self._plan, candidate.factors)
+                    stands = adapters.merged(stands, change, ranges=self._plan.rounding.ranges)
                 else:
-                    named = zip(adapters.tensor_names(name), (A, B), strict=True)
+                    named = zip(adapters.tensor_names(name), candidate.factors, strict=True)
                     others |= {f"adapter:{key}": tensor for key, tensor in named}
             if spec.bits < 16:
                 found |= {f"{name}.{key}": t for key, t in stands.state_dict().items()}

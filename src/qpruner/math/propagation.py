@@ -35,6 +35,8 @@ class Found:
     b: that it should have, None for the one it has. damping: that was taken; infinite for none.
     condition: of the matrix that was solved; 1 where none was.
     error, error_nearest: of it, and of W rounded to nearest with the same scales as W has with feedback.
+    V, rounding: what was rounded, and how: for whoever stores a correction beside the codes. mean: of the inputs, where
+        the bias makes up for errors of the mean.
     """
 
     parts: Parts
@@ -43,15 +45,30 @@ class Found:
     condition: float
     error: float
     error_nearest: float
+    V: Tensor
+    rounding: Rounding
+    mean: Tensor | None = None
+
+    def bias(self, rows: slice, Q: Float[Tensor, "some d"]) -> Float[Tensor, " some"] | None:
+        """That a few outputs should have if Q takes the place of their codes; None for the one they have."""
+        if self.b is None:
+            return None
+        plain = self.parts.rows(rows).dequantize(self.rounding.spec, torch.float64)
+        return self.b[rows] + (plain - Q.double()) @ self.mean
 
 
-def gptq(W: Float[Tensor, "out d"], G: Float[Tensor, "d d"], spec: QuantSpec, ranges: str) -> Found:
-    """W for its own inputs; errors are on the same tokens."""
-    rounding = Rounding.of(W, G, spec, ranges)
+def gptq(
+    W: Float[Tensor, "out d"], G: Float[Tensor, "d d"], spec: QuantSpec, ranges: str, salient: Tensor | None = None
+) -> Found:
+    """W for its own inputs; errors are on the same tokens.
+
+    salient: as in `Rounding.of`.
+    """
+    rounding = Rounding.of(W, G, spec, ranges, salient)
     parts = rounding(W)
     size = max(_square(W.double(), G), 1e-300)
     error = lambda Q: _square(Q.dequantize(spec, W.dtype).double() - W.double(), G) / size
-    return Found(parts, None, math.inf, 1.0, error(parts), error(rounding.nearest(W, parts)))
+    return Found(parts, None, math.inf, 1.0, error(parts), error(rounding.nearest(W, parts)), W, rounding)
 
 
 def propagated(
@@ -88,9 +105,11 @@ def propagated(
     fitted.join_(held_out)
     found = repair(W, fitted, best, bias=bias) if math.isfinite(best) else None
     V = W if found is None else found.V.to(W.dtype)
-    parts = Rounding.of(W, fitted.products(centred=bias)[0], spec, ranges)(V)
+    rounding = Rounding.of(W, fitted.products(centred=bias)[0], spec, ranges)
+    parts = rounding(V)
     new = mean_bias(parts.dequantize(spec, W.dtype), fitted) if bias else None
-    return Found(parts, new, best, (found and found.condition) or 1.0, errors[best], nearest)
+    mean = fitted.x / fitted.n if bias else None
+    return Found(parts, new, best, (found and found.condition) or 1.0, errors[best], nearest, V, rounding, mean)
 
 
 def _square(D: Float[Tensor, "out d"], G: Float[Tensor, "d d"]) -> float:

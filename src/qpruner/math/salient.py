@@ -53,11 +53,18 @@ class Rounding:
 
     @classmethod
     def of(
-        cls, W: Float[Tensor, "out d"], G: Float[Tensor, "d d"], spec: QuantSpec, ranges: str = "absmax"
+        cls,
+        W: Float[Tensor, "out d"],
+        G: Float[Tensor, "d d"],
+        spec: QuantSpec,
+        ranges: str = "absmax",
+        salient: Int[Tensor, " n"] | None = None,
     ) -> "Rounding":
-        """W: decides which channels are salient."""
+        """W: decides which channels are salient, if that is not said."""
         if not spec.salient:
             return cls(G, spec, ranges, Feedback.of(G), None)
+        if salient is not None:
+            return cls(G, spec, ranges, Feedback.of(G, first=salient.tolist()), salient.long().sort().values)
         plain = grids.dequantize(grids.quantize(W, spec.rest, ranges), spec.rest, W.dtype)
         cost = (W - plain).double().square().sum(0) * G.diagonal()
         salient = cost.sort(descending=True, stable=True).indices[: spec.salient].sort().values

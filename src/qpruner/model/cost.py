@@ -217,8 +217,15 @@ def adapter_tensors(graph: Graph, plan: Plan, dtype: str = "BF16") -> dict[str, 
     if plan.adapters == "merged":
         return {}
     check_names(graph, plan)
-    tensors, shapes = {}, kept_shapes(graph, plan.kept)
-    for name, rank in plan.adapter_ranks.items():
+    return factor_tensors(kept_shapes(graph, plan.kept), plan.adapter_ranks, dtype)
+
+
+def factor_tensors(
+    shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], dtype: str = "BF16"
+) -> dict[str, TensorSpec]:
+    """The factors of adapters beside linears of (d_out, d_in), under PEFT's names."""
+    tensors = {}
+    for name, rank in ranks.items():
         d_out, d_in = shapes[name]
         tensors[f"base_model.model.{name}.lora_A.weight"] = (dtype, (rank, d_in))
         tensors[f"base_model.model.{name}.lora_B.weight"] = (dtype, (d_out, rank))

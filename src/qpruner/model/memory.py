@@ -38,6 +38,7 @@ REFIT_SQUARES, REFIT_PRODUCTS = 5, 7  # moments of two parts, what is solved and
 REMEMBERED = 2**28  # bytes of a layer's activations that are kept while its linears are rounded one after the other
 LEARNED_COPIES = 6  # float32, per weight: latents, gradients, two averages of them, and what is made of them
 ROUNDED_TOGETHER = 2**22  # weights of several candidates that are rounded together
+START_SQUARES, START_COPIES = 3, 12  # Gram matrix, damped, its factor; target, error, factors, in float64 half of them
 ROUND_COPIES = 6  # of them in float32: stacked, in tiles, values, and dequantized in float64
 PACKED_BYTES, PACKED_TILE = 4, 2**26  # for each weight of a matrix that is rounded at once, and for a part of it
 EXPERT_MOMENTS = 2**30  # bytes of the moments of experts that are summed up at the same time
@@ -74,7 +75,7 @@ class Rounds:
 
     ends: inputs of all linears of a layer that share theirs with no other: what may be remembered of a token.
     beside: the original walks along. candidates: weights that are rounded to find the best.
-    learns: codes of a layer are learned once they are found.
+    learns: codes of a layer are learned once they are found. weighs: adapters start from errors in those of the inputs.
     """
 
     d_out: int
@@ -83,13 +84,15 @@ class Rounds:
     beside: bool
     candidates: int
     learns: bool = False
+    weighs: bool = False
 
     @property
     def size_bytes(self) -> int:
         elements = self.k * self.d_out
         together = max(elements, min(ROUNDED_TOGETHER, self.candidates * elements))
         moments = 8 * (REFIT_SQUARES * self.k**2 + (REFIT_PRODUCTS * elements if self.beside else 0))
-        return moments + 4 * (self.candidates * elements + ROUND_COPIES * together)
+        start = 8 * START_SQUARES * self.k**2 + 4 * START_COPIES * elements if self.weighs else 0
+        return moments + 4 * (self.candidates * elements + ROUND_COPIES * together) + start
 
 
 @dataclass(frozen=True)

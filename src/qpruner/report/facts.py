@@ -324,7 +324,8 @@ class Search(Value):
 
 
 class AdapterStart(Value):
-    """Distance of a stored linear from its weight before rounding, |W - stored| / |W| in the Frobenius norm.
+    """Distance of a stored linear from its weight before rounding, |W - stored| / |W|: in the Frobenius norm, or, where
+    adapters start so, in that of what comes out.
 
     plain: rounding alone. loftq: rounding plus the adapter that LoftQ starts from.
     """
@@ -338,8 +339,11 @@ class AdapterStart(Value):
 class Recovered(Value):
     """Training of the adapters.
 
+
     loss: what was made smaller. curve, validation: of that loss, on text that was trained on and on the search text.
-    best_step: whose adapters stayed; None for the last. loss_before, loss_after: of the next token, on the search text.
+    best_step: whose adapters stayed; None for the last. loss_before, loss_after: of the next token, on the search text,
+        with the adapters beside their linears. loss_merged: once they were merged and their linears rounded again, if
+        that was tried. ships: which of the two.
     """
 
     loss: Literal["distillation", "next-token"] = "next-token"
@@ -348,6 +352,8 @@ class Recovered(Value):
     best_step: int | None = None
     loss_before: float | None = None
     loss_after: float | None = None
+    loss_merged: float | None = None
+    ships: Literal["beside", "merged"] | None = None
     starts: tuple[AdapterStart, ...] = ()
 
 

@@ -159,6 +159,12 @@ def _search(facts: Facts) -> Numbers:
     )
 
 
+SHIPS = {
+    "merged": "merged adapters ship, which take no room",
+    "beside": "the adapters ship beside their linears",
+}
+
+
 def _recovery(facts: Facts) -> Numbers:
     r, looked = facts.recovery, {p.step: p.loss for p in facts.recovery.validation}
     what = "divergence from the original" if r.loss == "distillation" else "training loss"
@@ -168,6 +174,8 @@ def _recovery(facts: Facts) -> Numbers:
         said.append(f"on the search text from {first.loss:.4f} to {best:.4f} at step {r.best_step}, which stayed")
     if r.loss_before is not None and r.loss_after is not None:
         said.append(f"loss on the search text from {r.loss_before:.4f} to {r.loss_after:.4f}")
+    if r.loss_merged is not None:
+        said.append(f"{r.loss_merged:.4f} with the adapters merged and their linears rounded again; {SHIPS[r.ships]}")
     learned = {p.step: p.loss for p in r.curve}
     rows = [(step, learned.get(step, ""), looked.get(step, "")) for step in sorted(learned | looked)]
     return Numbers(sentence(said), ("step", f"{what}, nats/token", "the same on the search text"), rows)

@@ -140,9 +140,9 @@ def empty(
     )
 
 
-def repacked(layer: Quantized, W: Tensor) -> Quantized:
+def repacked(layer: Quantized, W: Tensor, ranges: str = "absmax") -> Quantized:
     """Another weight in the form of a layer: same spec, same salient channels, same bias."""
-    return packed(W, layer.bias, layer.spec, getattr(layer, "salient", None))
+    return packed(W, layer.bias, layer.spec, getattr(layer, "salient", None), ranges=ranges)
 
 
 def largest_columns(W: Tensor, n: int) -> Tensor:
