@@ -1,4 +1,4 @@
-"""What touches lm-evaluation-harness: its tasks, its model class, and the answers in what it logs. Imported when needed.
+"""What touches lm-evaluation-harness: its tasks, its model class, the answers in what it logs. Imported when needed.
 
 The harness tokenises, truncates, scores and compares; here is decided how many rows go through the model at once, and
 everything it says aside from results is kept quiet.
@@ -88,8 +88,8 @@ def named_tasks(names: Sequence[str]) -> list[ConfigurableTask]:
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise CorpusError(
-            f"lm-evaluation-harness {lm_eval.__version__} has no task {listed(unknown)}. Accepted are its names, such as "
-            f"{', '.join(FOLDERS)}."
+            f"lm-evaluation-harness {lm_eval.__version__} has no task {listed(unknown)}. Accepted: its names of tasks, "
+            f"such as {', '.join(FOLDERS)}."
         )
     try:
         found = manager.load(list(names))["tasks"]
@@ -112,21 +112,22 @@ def named_tasks(names: Sequence[str]) -> list[ConfigurableTask]:
 
 
 class Scorer(HFLM):
-    """The harness's model around one that is loaded: batches by their logits, and a question that cannot be scored named.
+    """The harness's model around one that is loaded: batches by their logits; what cannot be scored is named.
 
     A context manager: modules are in evaluation mode inside, and in their own mode afterwards.
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, on_progress: OnProgress):
         self._modes = [(module, module.training) for module in model.modules()]
-        super().__init__(
-            pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),  # which is given a padding token
-            backend="causal",
-            batch_size="auto",
-            max_length=context_length(model.config.get_text_config(decoder=True)),
-            softmax_dtype=torch.promote_types(model.dtype, torch.float32),
-        )
+        with patch.object(model, "tie_weights", lambda: None):  # tied or packed, it is as it was loaded
+            super().__init__(
+                pretrained=model,
+                tokenizer=copy.deepcopy(tokenizer),  # which is given a padding token
+                backend="causal",
+                batch_size="auto",
+                max_length=context_length(model.config.get_text_config(decoder=True)),
+                softmax_dtype=torch.promote_types(model.dtype, torch.float32),
+            )
         self._vocabulary = model.get_input_embeddings().num_embeddings
         self._on_progress = on_progress
         self._stage, self._questions = "", []
@@ -194,10 +195,8 @@ def answers_of(task: ConfigurableTask, samples: list[dict]) -> dict[str, Any]:
             sums = np.array([logprob for logprob, _ in scored[: len(choices)]])
             # With a context for each choice all answers are one string, so dividing by its length decides nothing.
             lengths = np.array([1.0 if task.multiple_input else float(len(choice)) for choice in choices])
-            label, answers = (
-                _label(task, sample["doc"], choices),
-                (int(np.argmax(sums)), int(np.argmax(sums / lengths))),
-            )
+            label = _label(task, sample["doc"], choices)
+            answers = int(np.argmax(sums)), int(np.argmax(sums / lengths))
         for name, answer in zip(("acc", "acc_norm"), answers, strict=True):
             assert name not in sample or bool(sample[name]) == (answer == label), f"{name} is not what the harness has"
         labels.append(label)

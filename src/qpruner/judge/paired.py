@@ -1,8 +1,8 @@
 """Two models on the same questions: what changed, and whether by more than chance.
 
 Accuracy hides damage: a compressed model may lose as many right answers as it finds by luck. Flips count both ways
-(arXiv:2407.09141), and the paired standard error is smaller than that of two separate accuracies, because what both find
-hard cancels.
+(arXiv:2407.09141), and the paired standard error is smaller than that of two separate accuracies, because what both
+find hard cancels.
 """
 
 import math

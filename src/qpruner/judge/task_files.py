@@ -1,8 +1,8 @@
 """Zero-shot tasks from files: JSON lines, one file per task, one row per question.
 
-A row is `{"context", "choices", "label"}`: what the model is shown, the answers as they follow it (with the space between,
-where there is one), and the index of the right one. A `context` that is a list has one for every choice; the choices are
-then all the same string, as in WinoGrande. Rows with a single choice ask for the end of a text, as LAMBADA does.
+A row is `{"context", "choices", "label"}`: what the model is shown, the answers as they follow it (with the space in
+front, where there is one), and the index of the right one. A `context` that is a list has one for every choice; the
+choices are then all one string, as in WinoGrande. Rows with a single choice ask for the end of a text, as in LAMBADA.
 """
 
 import gzip
@@ -19,7 +19,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz")
 
 @dataclass(frozen=True)
 class Row:
-    """One question. context: one, or one for every choice. choices: as they follow the context. label: of the right one."""
+    """One question. context: one, or one for every choice. choices: as they follow it. label: of the right one."""
 
     context: str | tuple[str, ...]
     choices: tuple[str, ...]

@@ -1,12 +1,12 @@
 """Zero-shot accuracy on multiple-choice tasks, scored by lm-evaluation-harness; by name, or from local files.
 
 An answer is the choice with the highest sum of log-probabilities over its tokens (`acc`), or of that sum divided by the
-choice's number of characters (`acc_norm`: characters, not bytes or tokens, without the space in front). Where the end of a
-text is asked for, it counts if every one of its tokens is the likeliest, and perplexity is per ending, not per token.
+choice's number of characters (`acc_norm`: characters, not bytes or tokens, without the space in front). Where the end
+of a text is asked for, it counts if each of its tokens is the likeliest; perplexity is per ending, not per token.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -14,8 +14,11 @@ from statistics import fmean, stdev
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from qpruner.errors import CorpusError, MissingExtraError
+from qpruner.errors import CorpusError, MemoryLimitError, MissingExtraError
 from qpruner.judge.task_files import chosen_files, read_task
+from qpruner.model import memory
+from qpruner.model.checkpoint import Header
+from qpruner.model.load import quiet
 from qpruner.progress import OnProgress, silent
 
 PAPERS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")  # LLM-Pruner's seven
@@ -27,10 +30,10 @@ PLAIN = ("boolq", "winogrande")  # for which the harness, and papers after it, n
 class TaskScore:
     """What a model answered, question by question.
 
-    labels: index of the right choice. answers: of the chosen one; where endings are asked for 0 if the model would go on
-    like that, else -1. answers_norm: chosen by log-probability per character. logprobs: nats, of the right ending. Both
-    None for the other kind of task. cut: questions that were too long, whose beginning the model did not see.
-    rows_digest: of the texts that were scored, and the labels.
+    labels: index of the right choice. answers: of the chosen one; where endings are asked for 0 if the model would go
+    on like that, else -1. answers_norm: chosen by log-probability per character; None where endings are asked for.
+    logprobs: nats, of the right ending; None elsewhere. cut: questions that were too long, whose beginning the model
+    did not see. rows_digest: of the texts that were scored, and the labels.
     """
 
     name: str
@@ -142,7 +145,8 @@ def zero_shot(
         MissingExtraError: lm-evaluation-harness is not installed.
     """
     wanted = require(names, folder=folder, limit=limit)
-    from qpruner.judge import harness
+    with quiet():
+        from qpruner.judge import harness
 
     with harness.unheard(), harness.Scorer(model, tokenizer, on_progress) as scorer:
         if folder is None:
@@ -174,6 +178,24 @@ def require(names: Sequence[str] = (), *, folder: str | Path | None = None, limi
     if not wanted:
         raise CorpusError(f"no task is named. Accepted: {', '.join(NAMED)}; or a folder of task files (--tasks-dir).")
     return wanted
+
+
+def require_room(tensors: Mapping[str, Header], limit: int | None = None) -> None:
+    """The harness runs a model whole: refuse one that does not fit. What `evaluate` streams has no scores on tasks.
+
+    Args:
+        tensors: of the model, as in `Source`.
+        limit: bytes for the whole process; without one, nine tenths of what is free on the machine.
+    Raises:
+        MemoryLimitError: it takes more, with numbers.
+    """
+    if not memory.fits(tensors, limit):
+        needed, allowed = memory.whole_bytes(tensors), memory.allowed_bytes(limit)
+        raise MemoryLimitError(
+            f"zero-shot tasks need the whole model in memory in float32: about {needed / 2**30:.2f} GiB, and "
+            f"{allowed / 2**30:.2f} GiB are allowed. Raise the limit, or leave tasks out: loss and KL are measured "
+            "layer by layer."
+        )
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
