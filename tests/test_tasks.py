@@ -219,9 +219,10 @@ def test_accuracy_and_its_error():
 
 def test_the_mean_weighs_tasks_equally():
     many = made("a", [0] * 100, [0] * 50 + [1] * 50)
-    few = made("b", [0, 0], [0, 0])
+    few = made("b", [0] * 4, [0, 0, 0, 1])
     mean, error = report_of(many, few).mean
-    assert mean == pytest.approx(0.75) and error == pytest.approx(many.accuracy()[1] / 2)
+    a, b = (score.accuracy()[1] for score in (many, few))
+    assert mean == pytest.approx(0.625) and error == pytest.approx((a**2 + b**2) ** 0.5 / 2)
 
 
 def test_perplexity_of_endings():
@@ -290,6 +291,14 @@ def test_other_questions_are_not_paired():
         compare(report_of(a), report_of(b))
     with pytest.raises(CorpusError, match="'u' was scored for one of two"):
         compare(report_of(a, made("u", [0], [0])), report_of(a))
+
+
+def test_a_digest_is_of_the_texts_and_the_labels(model, tokenizer, tmp_path):
+    rows = [row("a", [" b", " c"]), row("a", [" b", " d"]), row("e", [" b", " c"]), row("a", [" b", " c"], 1)]
+    for number, each in enumerate([*rows, rows[0]]):
+        write_rows(tmp_path / f"{number}.jsonl", [each])
+    digests = [score.rows_digest for score in zero_shot(model, tokenizer, folder=tmp_path).scores]
+    assert len(set(digests)) == 4 and digests[0] == digests[4]
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
