@@ -34,7 +34,7 @@ from qpruner.progress import OnProgress
 VERSION = f"lm-eval {lm_eval.__version__}"
 LOGITS_AT_ONCE = 2**25  # elements, of which the harness holds about three copies in float32
 ROWS_AT_ONCE = 32
-FOLDERS = {  # of the harness, where it defines the tasks that papers use: reading all of its 15,000 files takes long
+FOLDERS = {  # of the harness, where it defines the tasks that papers use: reading all of its 14,000 files takes long
     "boolq": "super_glue/boolq",
     "piqa": "piqa",
     "hellaswag": "hellaswag",

@@ -104,9 +104,8 @@ def _change(before: TaskScore, after: TaskScore, metric: str | None) -> TaskChan
         )
     then, now = before.right(metric), after.right(metric)
     difference, error = mean_and_error([float(b) - float(a) for a, b in zip(then, now, strict=True)])
-    lost, gained = (
-        sum(pair == kind for pair in zip(then, now, strict=True)) for kind in ((True, False), (False, True))
-    )
+    lost = sum(a and not b for a, b in zip(then, now, strict=True))
+    gained = sum(b and not a for a, b in zip(then, now, strict=True))
     answers = zip(before.chosen(metric), after.chosen(metric), strict=True)
     return TaskChange(
         name=before.name,
