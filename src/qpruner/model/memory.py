@@ -269,12 +269,21 @@ def stages_of(sizes: Sizes, work: Work, hidden_size: int, *, resident: bool) -> 
 
 def fits(tensors: Mapping[str, Header], limit: int | None) -> bool:
     """Whether a model may be in memory in float32, beside what judging it takes. tensors: name -> (shape, dtype)."""
-    limit = present_bytes() + psutil.virtual_memory().available * 9 // 10 if limit is None else limit
+    return whole_bytes(tensors) <= allowed_bytes(limit)
+
+
+def whole_bytes(tensors: Mapping[str, Header]) -> int:
+    """What the process will hold with a whole model in float32 (codes as they are), and what judging it takes."""
     wide = sum(
         max(4, ITEMSIZE[dtype]) * math.prod(shape) if ITEMSIZE[dtype] > 1 else math.prod(shape)
         for shape, dtype in tensors.values()
     )
-    return present_bytes() + ARENA + wide * 5 // 4 + 2**30 // 2 <= limit
+    return present_bytes() + ARENA + wide * 5 // 4 + 2**30 // 2
+
+
+def allowed_bytes(limit: int | None) -> int:
+    """The limit; without one, nine tenths of what is free on the machine beside what the process holds."""
+    return present_bytes() + psutil.virtual_memory().available * 9 // 10 if limit is None else limit
 
 
 def present_bytes() -> int:
