@@ -1,5 +1,5 @@
-"""Claim: at half of the units and 4/8 bits, distillation recovers at least half of the lost loss within 10 minutes on two
-cores, and more than plain LoRA does in equal steps.
+"""Claim: at half of the units and 4/8 bits, distillation recovers at least half of the lost loss within 10 minutes on
+two cores, and more than plain LoRA does in equal steps.
 
     python benchmarks/distillation.py [--steps 300] [--seeds 0 1 2] [--rates 0.004] [--folder WHERE] [--out FILE.json]
 
@@ -70,8 +70,8 @@ def main() -> None:
                     | {"untrained_kl": cut["kl"], "recovered": recovered}
                 )
                 print(
-                    f"seed {seed}  {loss:12}  rate {rate or 'default'}  {found['original']:.4f} -> {cut['loss']:.4f} -> "
-                    f"{found['loss']:.4f}  {recovered:.1%} recovered  KL {cut['kl']:.4f} -> {found['kl']:.4f}  "
+                    f"seed {seed}  {loss:12}  rate {rate or 'default'}  {found['original']:.4f} -> {cut['loss']:.4f} "
+                    f"-> {found['loss']:.4f}  {recovered:.1%} recovered  KL {cut['kl']:.4f} -> {found['kl']:.4f}  "
                     f"step {found['best_step']}  {found['seconds']:.0f} s",
                     flush=True,
                 )

@@ -13,14 +13,8 @@ HERE = Path(__file__).parent
 def launched(folder: Path, n: int) -> list[dict]:
     """What every process had in the end."""
     folder.mkdir()
-    launch = ["-m", "accelerate.commands.launch", "--cpu", f"--num_processes={n}", "--main_process_port=0"]
-    launch = [
-        *launch,
-        "--mixed_precision=no",
-        "--num_machines=1",
-        "--dynamo_backend=no",
-        "--num_cpu_threads_per_process=1",
-    ]
+    # `accelerate launch --cpu` starts one process, unless there is an mpirun
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
     source = str(HERE.parent / "src")
     subprocess.run(
         [sys.executable, *(launch if n > 1 else ()), str(HERE / "two_processes.py"), str(folder)], check=True,

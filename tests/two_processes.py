@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny_taught import LAYERS, TEXT, adapters_of, examples, packed, taught
+from tiny_taught import TEXT, adapters_of, examples, packed
 
 from qpruner.do import recover
 from qpruner.recovering import recovered

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+from qpruner.artifact.loader import ADAPTER
 from qpruner.artifact.opened import open_stream
+from qpruner.files import file_digest
 from qpruner.job import Job
 from qpruner.judge import loss as judge
 from qpruner.judge.speed import measure_in_fresh_process
@@ -29,6 +31,9 @@ def judge_artifact(job: Job, folder: Path) -> dict:
     """Of what was written, loaded anew: the numbers are those of the files."""
     windows = job.prepared.evaluation
     weights = checkpoint.weights_digest(folder)
+    beside = folder / ADAPTER
+    if beside.is_dir():  # the same base with other adapters is another model
+        weights = digest_of([weights, file_digest(beside)])
     inputs = job.inputs(windows=digest_of(windows.ids.tolist()), artifact=weights)
     with job.scratch("artifact", inputs) as ours, job.scratch("reference", inputs) as theirs:
 
