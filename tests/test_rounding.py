@@ -8,6 +8,7 @@ from tiny_stream import streamed
 
 from qpruner.do.junction import Junction
 from qpruner.do.rounding import FACTS, facts_of, round_
+from qpruner.model.adapters import tensor_names
 from qpruner.model.discover import discover
 from qpruner.model.packed.split import stored
 from qpruner.model.scratch import Scratch
@@ -15,12 +16,15 @@ from qpruner.model.skeleton import build_skeleton
 from qpruner.model.stream import Stream
 from qpruner.model.surgery import narrow_
 from qpruner.model.tensors import Cut
-from qpruner.plan import DENSE, Plan, QuantSpec, Rounding
+from qpruner.plan import DENSE, Plan, QuantSpec, Recovery, Rounding
 from qpruner.testing.tiny import Held
 
 INT3 = QuantSpec(bits=3, grid="integer", group_size=8, symmetric=False)
 GPTQ = Rounding(method="gptq", ranges="mse")
 GPTAQ = Rounding(method="gptq", ranges="mse", propagation=True, dampings=(1e-2, 1e-1, 1.0), held_out=0.25)
+WITHOUT, LOFTQ = Recovery(loftq_iterations=0), Recovery(loftq_iterations=3)
+WEIGHTED = Recovery(loftq_iterations=3, loftq_weighting="gram")
+NEAREST = Rounding(ranges="mse")
 FAMILIES = {
     "llama": {},
     "gpt2": {},
@@ -33,14 +37,19 @@ FAMILIES = {
 class Case:
     """A tiny model, a plan for it, and its rounding."""
 
-    def __init__(self, family="llama", rounding=GPTAQ, spec=INT3, *, kept=1.0, ids=IDS, seed=0, **how):
+    def __init__(
+        self, family="llama", rounding=GPTAQ, spec=INT3, *, kept=1.0, ids=IDS, seed=0, rank=None, recovery=WITHOUT,
+        **how,
+    ):  # fmt: skip
         self.model = tiny(family, seed=seed, **FAMILIES.get(family, {}))
         self.dtype = torch.float64
         self.graph = discover(self.model)
         specs = spec if isinstance(spec, dict) else dict.fromkeys(self.graph.linears, spec)
         self.plan = Plan(
-            model_name="m", model_digest="", kept=kept_of(self.graph, kept), specs=specs, rounding=rounding
-        )
+            model_name="m", model_digest="", kept=kept_of(self.graph, kept), specs=specs, rounding=rounding,
+            adapter_ranks={name: rank(site) for name, site in self.graph.linears.items()} if rank else {},
+            recovery=recovery,
+        )  # fmt: skip
         self.ids, self.how = ids, how
 
     def stream(self) -> Stream:
@@ -203,3 +212,71 @@ def test_what_tunes_a_layer_has_the_last_word():
     for i, result in enumerate(results):
         codes = [result[f"model.layers.{i}.mlp.{part}_proj.codes"] for part in ("gate", "up")]
         assert torch.equal(*codes)
+
+
+# --- adapters that start from what rounding lost ---
+
+ALL = lambda site: min(site.d_out, site.d_in)  # a rank that makes up for everything
+
+
+def stands_for(case: Case, name: str, result) -> torch.Tensor:
+    """Codes and adapter of a linear, as one weight."""
+    tensors = {n.removeprefix(f"{name}."): t for n, t in result.items() if n.startswith(f"{name}.")}
+    tensors.pop("bias", None)
+    site = case.graph.linears[name]
+    Q = stored(tensors, None, case.plan.specs[name], site.d_in).dequantize(torch.float64)
+    A, B = (result[n].double() for n in tensor_names(name))
+    return Q + case.plan.recovery.adapter_alpha / len(A) * B @ A
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("how", [(GPTQ, LOFTQ), (NEAREST, WEIGHTED)], ids=["gptq", "nearest"])
+def test_an_adapter_of_full_rank_makes_up_for_everything(family, how):
+    case = Case(family, how[0], QuantSpec(bits=2, grid="integer", group_size=8), rank=ALL, recovery=how[1])
+    found = flat(case.results())
+    for name, site in case.graph.linears.items():
+        W = case.model.get_submodule(name).weight.detach()
+        torch.testing.assert_close(stands_for(case, name, found), W.T if site.transposed else W)
+        plain, error = found[f"errors:{name}"].tolist()
+        assert error < 1e-9 < 0.01 < plain
+
+
+@pytest.mark.parametrize("how", [(GPTQ, LOFTQ), (GPTAQ, LOFTQ), (NEAREST, WEIGHTED), (NEAREST, LOFTQ)])
+def test_a_start_is_nearer_than_rounding_alone(how):
+    case = Case("llama", how[0], rank=lambda site: 2, recovery=how[1])
+    found = flat(case.results())
+    errors = {name: found[f"errors:{name}"].tolist() for name in case.graph.linears}
+    assert all(error < plain for plain, error in errors.values())
+
+
+def test_later_layers_are_rounded_behind_the_adapters():
+    """Where those of the first layer make up for everything, the others get the codes that they would get behind it."""
+    first = lambda graph: {n for n, site in graph.linears.items() if site.layer == 0}
+    spec = QuantSpec(bits=2, grid="integer", group_size=8)
+    graph = Case("llama", GPTQ).graph
+    dense = {name: DENSE if name in first(graph) else spec for name in graph.linears}
+    alone = flat(Case("llama", GPTQ, dense).results())
+    case = Case("llama", GPTQ, spec, rank=ALL, recovery=LOFTQ)
+    only = {name: rank for name, rank in case.plan.adapter_ranks.items() if name in first(graph)}
+    case.plan = case.plan.model_copy(update={"adapter_ranks": only})
+    behind = flat(case.results())
+    codes = [name for name in alone if name.endswith("codes")]
+    assert codes and all(torch.equal(alone[name], behind[name]) for name in codes)
+    bare = flat(Case("llama", GPTQ, spec).results())
+    assert any(not torch.equal(alone[name], bare[name]) for name in codes)
+
+
+def test_biases_make_up_for_the_mean_of_codes_and_adapter():
+    """With full rank nothing is left to make up for, so the bias is that of an exact layer."""
+    case = Case("opt", GPTAQ, QuantSpec(bits=2, grid="integer", group_size=8), rank=ALL, recovery=LOFTQ)
+    found = flat(case.results())
+    for name in case.graph.linears:
+        torch.testing.assert_close(found[f"{name}.bias"], case.model.get_submodule(name).bias.detach())
+
+
+def test_salient_channels_can_be_said():
+    spec = QuantSpec(bits=2, grid="integer", group_size=8, salient=2)
+    case = Case("llama", GPTQ, spec)
+    said = {name: torch.tensor([5, 1]) for name in case.graph.linears}
+    found = flat(case.results(salient=said))
+    assert all(found[f"{name}.salient"].tolist() == [1, 5] for name in case.graph.linears)

@@ -16,12 +16,14 @@ from qpruner import api, prepare
 from qpruner.do import tune
 from qpruner.errors import RecipeError
 from qpruner.model.graph import Graph
+from qpruner.plan import Plan
 
 QUICK = "window=64,calibration_windows=8,search_windows=4,evaluation_windows=4,width_grid=16"
 GPTAQ = f"gptaq[{QUICK},bits=[3],group_size=16]"
 PRUNED = f"gptaq[{QUICK},bits=[3],group_size=16,kept=0.5,reconstruction=least-squares,added_biases=true]"
 NARROW = f"gptaq[{QUICK},bits=[2],group_size=16,salient=2,precision=bfloat16]"
-TRAINED = f"gptq[{QUICK},steps=2,batch_size=2,adapter_rank=4,loftq_iterations=0]"
+TRAINED = f"gptq[{QUICK},steps=2,batch_size=2,adapter_rank=4,adapters=beside,loftq_iterations=0]"
+STARTED = f"gptaq[{QUICK},bits=[3],group_size=16,adapter_rank=4,adapters=beside]"
 MIXED = f"gptq[{QUICK},bits=[2,4],group_size=16,symmetric=true,salient=2,allocation=mutual-information]"
 
 
@@ -100,6 +102,62 @@ def test_adapters_are_trained_beside_the_codes(model, tmp_path, short_text):
     assert any(tensor.any() for name, tensor in trained.items() if "lora_B" in name)
 
 
+@pytest.mark.parametrize("recipe", [STARTED, STARTED.replace("gptaq[", "gptq[rounding=nearest,loftq_weighting=gram,")])
+def test_adapters_start_with_the_codes(model, tmp_path, short_text, recipe):
+    made = compress(model, tmp_path / "out", recipe, short_text)
+    found = found_in(tmp_path / "out.run")
+    adapters = load_file(next(made.artifact.rglob("adapter_model.safetensors")))
+    stored = load_file(made.artifact / "model.safetensors")
+    assert adapters and all(torch.equal(tensor, found[name]) for name, tensor in adapters.items())
+    assert all(torch.equal(stored[name], found[name]) for name in stored.keys() & found.keys())
+    starts = made.facts.recovery.starts
+    assert len(starts) == 21 and all(start.loftq < start.plain for start in starts)
+    assert made.facts.sizes.predicted == made.facts.sizes.on_disk
+
+
+def test_starts_in_memory_are_those_of_layer_by_layer(model, tmp_path, short_text):
+    """Training that changes nothing leaves the adapters where they started."""
+    streamed = compress(model, tmp_path / "streamed", STARTED, short_text)
+    trained = STARTED.replace("[", "[steps=1,validations=0,batch_size=2,learning_rate=1e-30,", 1)
+    whole = compress(model, tmp_path / "whole", trained, short_text)
+    weights = lambda made: {n: b for n, b in files(made.artifact).items() if n.endswith(".safetensors")}
+    assert weights(streamed) == weights(whole)
+
+
+MERGED = ["bits=[3],group_size=16", "bits=[2,4],group_size=16,symmetric=true,salient=2,allocation=mutual-information"]
+MERGED = [f"gptq[{each},{QUICK},steps=2,batch_size=2,adapter_rank=4" for each in MERGED]
+
+
+@pytest.mark.parametrize("recipe", MERGED, ids=["alike", "mixed"])
+def test_the_better_of_merged_and_beside_ships(model, tmp_path, short_text, recipe):
+    made = compress(model, tmp_path / "out", f"{recipe},adapters=best]", short_text)
+    found, plan = made.facts.recovery, Plan.read(made.artifact / "plan.json")
+    assert plan == Plan.read(tmp_path / "out.run/plan.json")
+    assert plan.adapters == found.ships == ("merged" if found.loss_merged <= found.loss_after else "beside")
+    assert (made.artifact / "adapter").exists() == (found.ships == "beside")
+    for how in ("merged", "beside"):
+        one = compress(model, tmp_path / how, f"{recipe},adapters={how}]", short_text)
+        assert one.facts.sizes.predicted == one.facts.sizes.on_disk <= one.facts.sizes.asked
+        alike = Plan.read(one.artifact / "plan.json").specs == plan.specs  # merged adapters leave more room for bits
+        assert alike or how == "merged"
+        if alike and how == found.ships:
+            same = [n for n in files(one.artifact) if n.endswith(".safetensors")]
+            assert all(files(one.artifact)[n] == files(made.artifact)[n] for n in same)
+
+
+def test_a_merge_is_rounded_with_feedback_and_goes_on_where_it_was(model, tmp_path, short_text):
+    made = compress(model, tmp_path / "out", f"{MERGED[0]},adapters=merged]", short_text)
+    stored, before = load_file(made.artifact / "model.safetensors"), found_in(tmp_path / "out.run")
+    again = tmp_path / "out.run/measurements/merging"
+    found = {n: t for path in again.glob("*.safetensors") for n, t in load_file(path).items()}
+    codes = [name for name in found if name.endswith(".codes")]
+    assert len(codes) == 21 and all(torch.equal(stored[name], found[name]) for name in found)
+    assert any(not torch.equal(before[name], found[name]) for name in codes)
+    first = files(made.artifact)
+    shutil.rmtree(made.artifact)
+    assert files(compress(model, tmp_path / "out", f"{MERGED[0]},adapters=merged]", short_text).artifact) == first
+
+
 def test_other_settings_in_the_same_run_folder_are_another_result(model, tmp_path, short_text):
     first = compress(model, tmp_path / "out", GPTAQ, short_text)
     before = files(first.artifact)
@@ -119,8 +177,8 @@ def test_ranges_alone_need_no_text(model, tmp_path, short_text):
 
 
 def test_what_cannot_be_done_is_refused(model, tmp_path, short_text, monkeypatch):
-    with pytest.raises(RecipeError, match="merges trained adapters into weights of 4 bits.*Set adapters to beside"):
-        compress(model, tmp_path / "out", TRAINED.replace("[", "[adapters=merged,", 1), short_text)
+    with pytest.raises(RecipeError, match="codes that are learned afterwards would undo that.*loftq_iterations to 0"):
+        compress(model, tmp_path / "out", TRAINED.replace("loftq_iterations=0", "network_steps=2"), short_text)
     found = prepare.shape_of
     exchanging = lambda graph: Graph(**{**vars(graph), "exchanges": ("layer 1 reads keys of layer 0",)})
     monkeypatch.setattr(

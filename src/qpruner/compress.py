@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qpruner.artifact import save
 from qpruner.artifact.opened import open_stream
 from qpruner.decide import widths
-from qpruner.deciding import Decided, search_loss
+from qpruner.deciding import Decided, search_loss, shipping
 from qpruner.do.quantize import Candidates
 from qpruner.do.recover import train_adapters_
 from qpruner.do.streamed import LayerByLayer
@@ -27,6 +27,7 @@ from qpruner.drafting import Drafted, completed, drafted
 from qpruner.job import Job, unfinished
 from qpruner.judge import loss as judge
 from qpruner.judging import judge_artifact, judge_original
+from qpruner.merging import Merging, merged_or_beside
 from qpruner.model import adapters, cost, load
 from qpruner.model.scratch import Scratch
 from qpruner.plan import Plan
@@ -48,6 +49,7 @@ class Done:
     loftq_errors: dict[str, tuple[float, float]]
     rounding: list[dict]  # a row for each linear whose codes were found with text
     tuning: dict | None = None  # as `do.tune.Tuned`, where codes were learned from predictions
+    merging: Merging | None = None
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,13 @@ Decide = Callable[[tuple[nn.Module, Candidates] | None], Decided]  # of the prun
 
 def _in_memory(job: Job, kept: widths.Kept, decide: Decide) -> tuple[Decided, Done]:
     model = job.pruned(kept).loaded()
-    candidates = Candidates(model, job.graph, job.plan(kept, 16), adapter_dtype=job.stored_dtype)
-    decided = decide((model, candidates))
+    of_plan = lambda plan: Candidates(model, job.graph, plan, adapter_dtype=job.stored_dtype)
+    if job.recipe.tries_adapters:
+        candidates = of_plan(job.plan(kept, 16))
+        decided = decide((model, candidates))
+    else:  # ranks may depend on the bits, which no trial decides
+        decided = decide(None)
+        candidates = of_plan(decided.plan)
     candidates.put_(decided.plan.specs)
     job, rows = rounded(job, decided.plan)
     if codes := job.codes():
@@ -139,10 +146,10 @@ def _in_memory(job: Job, kept: widths.Kept, decide: Decide) -> tuple[Decided, Do
     candidates.forget()
     curve = _recover(job, model, decided.plan)
     after = search_loss(job, model) if curve else before
-    if decided.plan.adapters == "merged" and decided.plan.adapter_ranks:
-        adapters.merge_adapters_(model)
+    merging = merged_or_beside(job, decided.plan, model, beside=after)
+    decided = shipping(job, decided, merging.plan)
     save.save_artifact(_cleared(job), model, job.graph, decided.plan, **_saved_as(job, decided.plan))
-    return decided, Done(curve, {"before": before, "after": after}, errors, rows, tuning)
+    return decided, Done(curve, {"before": before, "after": after}, errors, rows, tuning, merging)
 
 
 def _layer_by_layer(job: Job, kept: widths.Kept, decide: Decide) -> tuple[Decided, Done]:

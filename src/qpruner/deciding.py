@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -175,12 +175,13 @@ def settled(job: Job, scores: dict[str, Tensor], kept: dict, specs: dict[str, Qu
 def _written(job: Job, decided: Decided) -> Decided:
     size = job.shape.size(decided.plan).total
     assert size <= job.prepared.limit_bytes, f"{size} bytes planned, {job.prepared.limit_bytes} allowed"
-    write_plan(job, decided.plan)
+    write_text(job.run.folder / "plan.json", decided.plan.to_json())
     return decided
 
 
-def write_plan(job: Job, plan: Plan) -> None:
-    write_text(job.run.folder / "plan.json", plan.to_json())
+def shipping(job: Job, decided: Decided, plan: Plan) -> Decided:
+    """The same with the plan that ships, where carrying it out settled what was open."""
+    return decided if plan == decided.plan else _written(job, replace(decided, plan=plan))
 
 
 def units_of(job: Job) -> tuple[BitUnit, ...]:

@@ -217,6 +217,8 @@ def recovery(prepared: Prepared, plan: Plan, measured: Measured) -> report.Recov
         curve=tuple(report.LossPoint(step=step, loss=loss) for step, loss in measured.done.loss_curve),
         loss_before=measured.done.search_loss.get("before"),
         loss_after=measured.done.search_loss.get("after"),
+        loss_merged=measured.done.merging.merged if measured.done.merging else None,
+        ships=plan.adapters,
         starts=tuple(
             report.AdapterStart(linear=name, layer=linears[name].layer, plain=plain, loftq=loftq)
             for name, (plain, loftq) in measured.done.loftq_errors.items()

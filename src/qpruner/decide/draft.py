@@ -54,18 +54,18 @@ def draft(
         embeddings=dict(embeddings),
         rounding=recipe.rounds(),
         adapter_ranks=ranks,
-        adapters=adapters_in(recipe, specs),
+        adapters=adapters_in(recipe),
         recovery=recipe.recovery(hidden_size),
         seed=seed,
     )
 
 
-def adapters_in(recipe: Recipe, specs: Mapping[str, QuantSpec]) -> Literal["beside", "merged"]:
+def adapters_in(recipe: Recipe) -> Literal["beside", "merged"]:
     """Where `best` is asked for: beside the base, which is larger, until both were tried. Weights of 16 bits take
     adapters in without a loss, so there is nothing to try."""
     if recipe.adapters != "best":
         return recipe.adapters
-    return "merged" if all(spec.bits == 16 for spec in specs.values()) else "beside"
+    return "merged" if recipe.bits[0] == 16 else "beside"
 
 
 def ranks_of(

@@ -83,9 +83,9 @@ class Candidates:
         put_embedding_(self._model, site, self._matrices[key], dtype=dense.weight.dtype, dense=stood)
 
     def put_stored_(self, specs: Mapping[str, QuantSpec], codes: Stored) -> None:
-        """Have the quantized linears that stand there store other codes; adapters start where those were found, or anew.
+        """Have the quantized linears that stand there store other codes; adapters start anew.
 
-        codes: may have other tensors of the model, which take the place of its own.
+        codes: may have the starts that were found with them; other tensors of the model take the place of its own.
         """
         modules = dict(self._model.named_modules()) | self._dense
         for name in codes.places:

@@ -88,7 +88,7 @@ def round_(
     assert original is not None or not plan.rounding.needs_original
     border = len(windows) if original is None else n_fitted(len(windows), plan.rounding.held_out)
     rows = remaining(graph, plan.kept)
-    known: dict[str, _Structure] = {}
+    known: dict[tuple, _Structure] = {}
     if original is None:
         size = max(1, REFIT_TOKENS // windows.shape[1])
         steps: Iterator = ((None, s) for s in pruned.steps(windows, scratches[1], batch_size=size, on_layer=on_layer))
@@ -96,11 +96,10 @@ def round_(
         how = dict(border=border, on_layer=on_layer)
         steps = side_by_side(original, pruned, plan.layers, windows, scratches, **how)
     for theirs, ours in steps:
-        structure = known.get(repr(ours.layer))
         layer = _Layer(theirs, ours, graph, plan, rows, border, dtype, salient or {})
-        if structure is None:  # layers that print alike are built alike
-            structure = known[repr(ours.layer)] = layer.structure()
-        ours.finish(layer.rounded(structure, tune))
+        if layer.kind not in known:
+            known[layer.kind] = layer.structure()
+        ours.finish(layer.rounded(known[layer.kind], tune))
     return pruned.results(scratches[1])
 
 
@@ -157,6 +156,11 @@ class _Layer:
     def _looks(self) -> bool:
         """Whether the inputs of linears are looked at."""
         return self._rounding.method != "nearest" or self._plan.weighs_adapters
+
+    @property
+    def kind(self) -> tuple:
+        """Layers that print alike are built alike; what is quantized of them may differ."""
+        return repr(self._ours.layer), tuple(self._fused)
 
     def structure(self) -> _Structure:
         if not self._looks:
@@ -237,9 +241,7 @@ class _Layer:
             made |= own
         return made, others
 
-    def _started(
-        self, fused: Fused, found: propagation.Found | None, G: Tensor | None
-    ) -> dict[str, starts.Candidate]:
+    def _started(self, fused: Fused, found: propagation.Found | None, G: Tensor | None) -> dict[str, starts.Candidate]:
         """Each by itself; without what was found rounded to nearest. G: of the inputs, where errors count by them."""
         corrects = self._plan.recovery.loftq_iterations > 0
         L = loftq.weighting(G) if G is not None and corrects and self._plan.adapter_ranks else None

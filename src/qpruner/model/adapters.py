@@ -251,11 +251,15 @@ def merge_adapters_(model: nn.Module) -> None:
     what the adapter learned.
     """
     for name, layer in adapter_layers(model).items():
-        A, B = factors(layer)
-        base = layer.get_base_layer()
-        model.set_submodule(name, merged(base, layer.scaling[ADAPTER] * (B.double() @ A.double())))
+        model.set_submodule(name, merged(layer.get_base_layer(), correction(layer)))
     if hasattr(model, "peft_config"):
         del model.peft_config
+
+
+def correction(layer: nn.Module) -> Tensor:
+    """What the adapter in PEFT's layer adds to the weight, (d_out, d_in), float64."""
+    A, B = (factor.detach().double() for factor in factors(layer))
+    return layer.scaling[ADAPTER] * (B @ A)
 
 
 def merged(base: nn.Module, correction: Tensor, *, ranges: str = "absmax") -> nn.Module:

@@ -324,7 +324,8 @@ class Search(Value):
 
 
 class AdapterStart(Value):
-    """Distance of a stored linear from its weight before rounding, |W - stored| / |W| in the Frobenius norm.
+    """Distance of a stored linear from its weight before rounding, |W - stored| / |W|: in the Frobenius norm, or, where
+    adapters start so, in that of what comes out.
 
     plain: rounding alone. loftq: rounding plus the adapter that LoftQ starts from.
     """
@@ -336,11 +337,17 @@ class AdapterStart(Value):
 
 
 class Recovered(Value):
-    """Training of the adapters. loss_before, loss_after: nats per token on the search text."""
+    """Training of the adapters. Losses are nats per token on the search text.
+
+    loss_before, loss_after: of training, with the adapters beside their linears. loss_merged: once they were merged and
+    their linears rounded again, if that was tried. ships: which of the two.
+    """
 
     curve: tuple[LossPoint, ...] = ()
     loss_before: float | None = None
     loss_after: float | None = None
+    loss_merged: float | None = None
+    ships: Literal["beside", "merged"] | None = None
     starts: tuple[AdapterStart, ...] = ()
 
 

@@ -159,6 +159,12 @@ def _search(facts: Facts) -> Numbers:
     )
 
 
+SHIPS = {
+    "merged": "merged adapters ship, which take no room",
+    "beside": "the adapters ship beside their linears",
+}
+
+
 def _recovery(facts: Facts) -> Numbers:
     r = facts.recovery
     said = [
@@ -166,6 +172,8 @@ def _recovery(facts: Facts) -> Numbers:
     ]
     if r.loss_before is not None and r.loss_after is not None:
         said.append(f"loss on the search text from {r.loss_before:.4f} to {r.loss_after:.4f}")
+    if r.loss_merged is not None:
+        said.append(f"{r.loss_merged:.4f} with the adapters merged and their linears rounded again; {SHIPS[r.ships]}")
     return Numbers(sentence(said), ("step", "training loss, nats/token"), [(p.step, p.loss) for p in r.curve])
 
 
