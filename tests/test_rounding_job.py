@@ -124,8 +124,8 @@ def test_starts_in_memory_are_those_of_layer_by_layer(model, tmp_path, short_tex
     assert weights(streamed) == weights(whole)
 
 
-MERGED = ["gptq[bits=[3],group_size=16,", "gptq[bits=[2,16],group_size=16,symmetric=true,salient=2,allocation=random,"]
-MERGED = [f"{each}{QUICK},steps=2,batch_size=2,adapter_rank=4" for each in MERGED]
+MERGED = ["bits=[3],group_size=16", "bits=[2,4],group_size=16,symmetric=true,salient=2,allocation=mutual-information"]
+MERGED = [f"gptq[{each},{QUICK},steps=2,batch_size=2,adapter_rank=4" for each in MERGED]
 
 
 @pytest.mark.parametrize("recipe", MERGED, ids=["alike", "mixed"])
