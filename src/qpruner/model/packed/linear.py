@@ -219,6 +219,7 @@ class PackedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_floating_point():  # from code that gives inputs the dtype of the weight, which is bytes here
             raise TypeError(f"a packed linear takes inputs of floating point, not of {x.dtype}")
+        x = autocast(x)
         # A CPU has no float16 arithmetic of its own: it is slow there, and sums in float16 in places.
         wide = torch.float32 if x.dtype == torch.float16 and x.device.type == "cpu" else x.dtype
         y = product(x.to(wide), self)
@@ -242,6 +243,17 @@ class PackedLinear(nn.Linear):
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{shape}, {self.spec}"
+
+
+def autocast(x: Tensor) -> Tensor:
+    """Inputs as a dense linear would multiply them, and give them back, where torch.autocast is on.
+
+    Without this the product alone would be cast, and not its gradient: an autograd function goes back as it is written,
+    in float32 if its output was.
+    """
+    kind = x.device.type
+    narrow = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(kind)) if narrow else x
 
 
 @cache
