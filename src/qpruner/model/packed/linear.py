@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from qpruner.math import grids, packing
 from qpruner.math.books import book, lowest
 from qpruner.model.checkpoint import TORCH_DTYPES
+from qpruner.model.packed import native
 from qpruner.model.packed.arranged import Arranged, fits, scales_fit
 from qpruner.model.packed.products import product
 from qpruner.model.packed.storage import code_width, signed_bytes, stored_parts
@@ -188,6 +189,10 @@ class PackedLinear(nn.Linear):
             zeros = None if arranged.zeros is None else arranged.by_row(arranged.zeros, rows)
             grids.scale_(values, scales, zeros, group_size=spec.group_size)
             return values.to(dtype)
+        compiled = dtype == torch.bfloat16 and native.decodes(spec)
+        if compiled and native.at_hand(self.codes.device, self.out_features * self.in_features):
+            parts = self.codes[rows], self.scales_of(rows), self.zeros_of(rows)
+            return native.decode(*parts, spec, self.in_features)
         if signed_bytes(spec):
             values = self.codes[rows].to(wide)
         elif width not in packing.WORD_BITS:  # integers all
