@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from specs import EVERY
 
 from qpruner.model.packed import native
-from qpruner.model.packed import products as packed_products
 from qpruner.model.packed.linear import PackedLinear
 from qpruner.plan import NF4, QuantSpec
 
@@ -34,7 +34,7 @@ def test_product_is_the_dense_one_to_float32(rand, spec, d_out, d_in, n):
 @pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
 def test_layers_use_it_and_keep_their_gradient(rand, monkeypatch, dtype, rtol):
     calls = []
-    monkeypatch.setattr(packed_products, "SMALLEST_COMPILED", 0)
+    monkeypatch.setattr(native, "SMALLEST", 0)
     monkeypatch.setattr(native, "product", lambda *args, own=native.product: calls.append(1) or own(*args))
     layer = PackedLinear.from_weight(rand(40, 70), rand(40), NF4)
     x, W = rand(2, 3, 70).to(dtype).requires_grad_(), layer.dequantize(torch.float64)
@@ -43,6 +43,20 @@ def test_layers_use_it_and_keep_their_gradient(rand, monkeypatch, dtype, rtol):
     assert calls and y.dtype == dtype
     torch.testing.assert_close(y.double(), x.double() @ W.T + layer.bias, rtol=rtol, atol=20 * rtol)
     torch.testing.assert_close(x.grad.double(), W.sum(0).expand(2, 3, -1), rtol=rtol, atol=20 * rtol)
+
+
+@needs_compiler
+@pytest.mark.parametrize("d_out, d_in", [(5, 192), (3, 70), (2, 17), (1, 1)])
+@pytest.mark.parametrize("spec", [s for s in EVERY if native.decodes(s)], ids=str)
+def test_decoded_weights_are_those_of_torch_to_the_bit(rand, monkeypatch, spec, d_out, d_in):
+    layer = PackedLinear.from_weight(rand(d_out, d_in), None, spec)
+    expected = layer.dequantize(torch.bfloat16)
+    calls = []
+    monkeypatch.setattr(native, "SMALLEST", 0)
+    monkeypatch.setattr(native, "decode", lambda *args, own=native.decode: calls.append(1) or own(*args))
+    assert torch.equal(layer.dequantize(torch.bfloat16), expected)
+    assert torch.equal(layer.dequantize_rows(slice(1, 3), torch.bfloat16), expected[1:3])
+    assert calls
 
 
 def test_it_can_be_switched_off(monkeypatch):

@@ -12,8 +12,9 @@ from transformers.pytorch_utils import Conv1D
 from qpruner.errors import ModelError, PlanError
 from qpruner.math import grids, loftq
 from qpruner.model import adapters, cost
+from qpruner.model.packed import split
 from qpruner.model.packed.linear import PackedLinear
-from qpruner.plan import INT8, NF4
+from qpruner.plan import INT8, NF4, QuantSpec
 
 SHAPES = [(12, 70), (5, 33), (1, 1)]
 
@@ -97,6 +98,20 @@ def test_gradients_of_many_tiles_are_not_rounded_one_by_one(rand, monkeypatch):
     x = torch.zeros(1, 8, dtype=torch.bfloat16, requires_grad=True)
     packed(x).sum().backward()  # beyond 512 a bfloat16 sum would stand still
     torch.testing.assert_close(x.grad[0].double(), packed.dequantize(torch.float64).sum(0), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("spec", [NF4, INT8, QuantSpec(bits=3, grid="integer", group_size=64, salient=2)], ids=str)
+def test_under_autocast_it_computes_forth_and_back_as_in_its_dtype(rand, spec):
+    layer, x, seen = split.packed(rand(9, 70), rand(9), spec), rand(300, 70).float(), rand(300, 9).bfloat16()
+    narrow, wide = x.bfloat16().requires_grad_(), x.requires_grad_()
+    layer(narrow).backward(seen)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(wide)
+    y.backward(seen)
+    assert y.dtype == nn.functional.linear(narrow, narrow).dtype == torch.bfloat16  # as a dense one would
+    assert torch.equal(y, layer(narrow)) and torch.equal(wide.grad, narrow.grad.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x.double()).dtype == torch.float64
 
 
 def test_float16_sums_may_leave_the_range_of_float16(rand):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from qpruner.math import grids, packing
 from qpruner.math.books import book, lowest
 from qpruner.model.checkpoint import TORCH_DTYPES
+from qpruner.model.packed import native
 from qpruner.model.packed.arranged import Arranged, fits, scales_fit
 from qpruner.model.packed.products import product
 from qpruner.model.packed.storage import code_width, signed_bytes, stored_parts
@@ -188,6 +189,10 @@ class PackedLinear(nn.Linear):
             zeros = None if arranged.zeros is None else arranged.by_row(arranged.zeros, rows)
             grids.scale_(values, scales, zeros, group_size=spec.group_size)
             return values.to(dtype)
+        compiled = dtype == torch.bfloat16 and native.decodes(spec)
+        if compiled and native.at_hand(self.codes.device, self.out_features * self.in_features):
+            parts = self.codes[rows], self.scales_of(rows), self.zeros_of(rows)
+            return native.decode(*parts, spec, self.in_features)
         if signed_bytes(spec):
             values = self.codes[rows].to(wide)
         elif width not in packing.WORD_BITS:  # integers all
@@ -219,6 +224,7 @@ class PackedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_floating_point():  # from code that gives inputs the dtype of the weight, which is bytes here
             raise TypeError(f"a packed linear takes inputs of floating point, not of {x.dtype}")
+        x = autocast(x)
         # A CPU has no float16 arithmetic of its own: it is slow there, and sums in float16 in places.
         wide = torch.float32 if x.dtype == torch.float16 and x.device.type == "cpu" else x.dtype
         y = product(x.to(wide), self)
@@ -242,6 +248,17 @@ class PackedLinear(nn.Linear):
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{shape}, {self.spec}"
+
+
+def autocast(x: Tensor) -> Tensor:
+    """Inputs as a dense linear would multiply them, and give them back, where torch.autocast is on.
+
+    Without this the product alone would be cast, and not its gradient: an autograd function goes back as it is written,
+    in float32 if its output was.
+    """
+    kind = x.device.type
+    narrow = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(kind)) if narrow else x
 
 
 @cache

@@ -1,4 +1,5 @@
-// Products of few tokens with 4-bit codes where they lie, for processors with AVX-512.
+// Products of few tokens with 4-bit codes where they lie, and weights from codes for products of many, for processors
+// with AVX-512.
 //
 //   y[t, o] = sum over groups g of scale[o, g] * (sum over j in g of book[code[o, j]] * x[t, j] - zero[o, g] * sum[t, g])
 //
@@ -87,6 +88,50 @@ void product(
             case 2: rows_of(w, first, 2, from, to); break;
             case 3: rows_of(w, first, 3, from, to); break;
             default: rows_of(w, first, TOKENS, from, to);
+            }
+        }
+    }
+}
+
+// The values of codes of up to 4 bits, or of signed bytes, as bfloat16: (book[code] - zero) * scale, computed in float32
+// and rounded once. 16 codes are at most 8 bytes: all of these go to every lane, and each lane shifts its own code to
+// the lowest bits. The book is repeated to 16 values, so that what lies above the code does not matter.
+void decode(
+    const uint8_t *codes, const float *scales, const uint8_t *zeros, const float *book, uint16_t *values,
+    int64_t bits, int64_t columns, int64_t bytes, int64_t group, int64_t groups, int64_t d_out)
+{
+    const __m512 table = _mm512_loadu_ps(book);
+    const __m512i lanes = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), one = _mm512_set1_epi32(1);
+    const __m512i first = _mm512_mul_epu32(lanes, _mm512_set1_epi64(bits));
+    const __m512i second = _mm512_add_epi64(first, _mm512_set1_epi64(8 * bits));
+    #pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < d_out; row++) {
+        const uint8_t *from = codes + row * bytes;
+        for (int64_t g = 0, j = 0; g < groups; g++) {
+            const __m512 scale = _mm512_set1_ps(scales[row * groups + g]);
+            const __m512 zero = _mm512_set1_ps(zeros ? zeros[row * groups + g] : 0);
+            const int64_t end = (g + 1) * group < columns ? (g + 1) * group : columns;
+            for (; j < end; j += 16) {
+                const int64_t at = j * bits / 8, left = bytes - at, need = 2 * bits;
+                const int64_t n = left < need ? left : need;
+                const __m128i read = _mm_maskz_loadu_epi8((1u << n) - 1, from + at);
+                __m512 value;
+                if (bits == 8) {
+                    value = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(read));
+                } else {
+                    const __m512i all = _mm512_broadcastq_epi64(read);
+                    const __m256i low = _mm512_cvtepi64_epi32(_mm512_srlv_epi64(all, first));
+                    const __m256i high = _mm512_cvtepi64_epi32(_mm512_srlv_epi64(all, second));
+                    const __m512i words = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+                    value = _mm512_permutexvar_ps(words, table);
+                }
+                value = _mm512_mul_ps(_mm512_sub_ps(value, zero), scale);
+                __m512i word = _mm512_castps_si512(value);  // to the nearest bfloat16, ties to the even one
+                const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(word, 16), one);
+                word = _mm512_add_epi32(word, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+                const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(word, 16));
+                const __mmask16 there = end - j >= 16 ? 0xFFFF : (1u << (end - j)) - 1;
+                _mm256_mask_storeu_epi16(values + row * columns + j, there, half);
             }
         }
     }

@@ -22,7 +22,6 @@ from qpruner.plan import QuantSpec
 # Compiled products cost each token its share from the second on. `_int_mm` multiplies one token by rows as they lie,
 # and copies the weight for more.
 MOST = {"to arrange": 32, "in order": 96, "compiled": 16, "integers one by one": 8}
-SMALLEST_COMPILED = 2**20  # weights for which a process runs the compiler, for a second, once
 
 
 class Packed(Protocol):
@@ -110,10 +109,9 @@ def by_token(one_product, x: Tensor, *args) -> Tensor:
 
 
 def compiled_fits(x: Tensor, layer: Packed) -> bool:
-    """Whether there is a compiled product, for weights large enough to look for one."""
-    floats = x.numel() > 0 and x.dtype in (torch.bfloat16, torch.float32) and x.device.type == "cpu"
-    large = layer.out_features * layer.in_features >= SMALLEST_COMPILED
-    return floats and large and native.fits(layer.spec) and native.library() is not None
+    """Whether there is a compiled product."""
+    floats = x.numel() > 0 and x.dtype in (torch.bfloat16, torch.float32)
+    return floats and native.fits(layer.spec) and native.at_hand(x.device, layer.out_features * layer.in_features)
 
 
 def product_compiled(x: Tensor, layer: Packed) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from qpruner.math import grids
 from qpruner.math.salient import others
-from qpruner.model.packed.linear import PackedLinear
+from qpruner.model.packed.linear import PackedLinear, autocast
 from qpruner.plan import QuantSpec
 
 
@@ -45,6 +45,7 @@ class SplitLinear(nn.Linear):
         return W
 
     def forward(self, x: Tensor) -> Tensor:
+        x = autocast(x)
         y = self.rest(x[..., others(self.salient, self.in_features)]) + self.high(x.index_select(-1, self.salient))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
