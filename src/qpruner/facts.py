@@ -260,6 +260,7 @@ def manifest_of(prepared: Prepared, decided: Decided, measured: Measured, reques
             "model_architecture": prepared.shape.source.digest,
             "texts": prepared.texts.digests(),
         },
+        "fingerprints": prepared.texts.fingerprints(),
         "evaluation": {
             "original": loss(measured.original),
             "artifact": loss(measured.artifact),

@@ -15,6 +15,7 @@ from qpruner.errors import BudgetError, MissingExtraError, ModelError, OutputErr
 from qpruner.joint.points import counts_for, embedding_formats
 from qpruner.model import checkpoint, corpus, depth, load, memory
 from qpruner.model.corpus import Corpus, Windows
+from qpruner.model.overlap import check_disjoint, fingerprints
 from qpruner.model.packed.embedding import put_empty_embeddings_
 from qpruner.model.pystdlib import BUNDLED_NAME
 from qpruner.model.residual import fault_of
@@ -151,6 +152,10 @@ class Texts:
     def digests(self) -> dict[str, str]:
         return {role: getattr(self, role).digest for role in ("calibration", "search", "evaluation")}
 
+    def fingerprints(self) -> dict[str, dict]:
+        """Of those that shape the artifact, to know them by later."""
+        return fingerprints(self.calibration, self.search)
+
 
 def choose_texts(model_name: str, calibration: Path | None, search: Path | None, evaluation: Path | None) -> Texts:
     note = None
@@ -166,7 +171,7 @@ def choose_texts(model_name: str, calibration: Path | None, search: Path | None,
     for role, path in (("search", search), ("evaluation", evaluation)):
         if path is not None:
             parts[role] = corpus.read_corpus(path, role)
-    corpus.check_disjoint(*parts.values())
+    check_disjoint(*parts.values())
     return Texts(parts["calibration"], parts["search"], parts["evaluation"], note)
 
 
