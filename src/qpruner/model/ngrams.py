@@ -20,8 +20,9 @@ import numpy as np
 
 WORDS = 13  # in a run
 COMMON = 10  # documents that have a run from which on it is a template
-MOST = 1 << 22  # runs that are kept of one text
-PIECE = 1 << 20  # characters that are looked at together
+MOST = 1 << 21  # runs that are kept of one text
+PIECE = 1 << 17  # characters that are looked at together: few enough for a processor's cache
+WAITING = 1 << 20  # runs that may wait to be sorted among the others
 SKETCH = 1 << 10  # runs that a sketch keeps
 
 LETTER, ALONE = 1, 2  # part of a word, a word by itself
@@ -121,10 +122,7 @@ def ngrams_of(documents: Iterable[str]) -> NGrams:
     """Of documents that each count once. Runs do not reach from one into the next."""
     kept = _Kept()
     for batch in _batches(dict.fromkeys(documents)):
-        if len(batch) == 1:
-            kept.add(*_of_one(batch[0], kept.shift))
-        else:
-            kept.add(*_of_many(batch, kept.shift))
+        kept.add(_of_one(batch[0]) if len(batch) == 1 else _of_many(batch))
     return kept.all()
 
 
@@ -147,26 +145,24 @@ class _Kept:
     """Runs gathered so far; sorted together only when as many again are waiting, so that the work stays linear."""
 
     def __init__(self) -> None:
-        self.shift = 0
-        self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
+        self._waiting: list[NGrams] = []
+        self._shift = 0
 
-    def add(self, hashes: np.ndarray, documents: np.ndarray) -> None:
-        self._waiting.append((hashes, documents))
-        if sum(len(part) for part, _ in self._waiting[1:]) > max(PIECE, len(self._waiting[0][0])):
+    def add(self, found: NGrams) -> None:
+        self._shift = max(self._shift, found.shift)
+        self._waiting.append(found.below(self._shift))
+        if sum(len(part.hashes) for part in self._waiting[1:]) > max(WAITING, len(self._waiting[0].hashes)):
             self.all()
 
     def all(self) -> NGrams:
-        if not self._waiting:
-            return NGrams(np.zeros(0, np.uint64), np.zeros(0, np.int64), 0)
-        hashes, documents = (np.concatenate(parts) for parts in zip(*self._waiting, strict=True))
+        hashes = np.concatenate([np.zeros(0, np.uint64), *(part.hashes for part in self._waiting)])
+        documents = np.concatenate([np.zeros(0, np.int64), *(part.documents for part in self._waiting)])
         order = np.argsort(hashes)
-        hashes, documents = _counted(hashes[order], documents[order])
-        found = NGrams(hashes, documents, 0)
+        found = NGrams(*_counted(hashes[order], documents[order]), shift=0).below(self._shift)
         while len(found.hashes) > MOST:
-            self.shift += 1
-            found = NGrams(found.hashes, found.documents, self.shift - 1).below(self.shift)
-        self._waiting = [(found.hashes, found.documents)]
-        return NGrams(found.hashes, found.documents, self.shift)
+            found = found.below(found.shift + 1)
+        self._shift, self._waiting = found.shift, [found]
+        return found
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -182,28 +178,27 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _of_one(document: str, shift: int) -> tuple[np.ndarray, np.ndarray]:
-    runs, before = [np.zeros(0, np.uint64)], np.zeros(0, np.uint64)
+def _of_one(document: str) -> NGrams:
+    kept, before = _Kept(), np.zeros(0, np.uint64)
     for text in _pieces(document):
         hashes = np.concatenate([before, _words(_plain(text)).hashes])
-        runs.append(_small(_runs(hashes), shift))
+        runs = np.unique(_runs(hashes))
+        kept.add(NGrams(runs, np.ones(len(runs), np.int64), 0))
         before = hashes[1 - WORDS :]
-    found = np.unique(np.concatenate(runs))
-    return found, np.ones(len(found), np.int64)
+    found = kept.all()
+    return NGrams(found.hashes, np.ones(len(found.hashes), np.int64), found.shift)
 
 
-def _of_many(documents: list[str], shift: int) -> tuple[np.ndarray, np.ndarray]:
+def _of_many(documents: list[str]) -> NGrams:
     words = _words(_plain("\0".join(documents)))
     runs, last = _runs(words.hashes), words.documents[WORDS - 1 :]
     inside = words.documents[: len(last)] == last
-    if shift:
-        inside &= runs < np.uint64(1 << (64 - shift))
     runs, last = runs[inside], last[inside]
     order = np.argsort(runs, kind="stable")  # documents of one run stay in order
     runs, last = runs[order], last[order]
     once = np.ones(len(runs), bool)
     once[1:] = (runs[1:] != runs[:-1]) | (last[1:] != last[:-1])
-    return _counted(runs[once], np.ones(int(once.sum()), np.int64))
+    return NGrams(*_counted(runs[once], np.ones(int(once.sum()), np.int64)), shift=0)
 
 
 def _counted(hashes: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -212,10 +207,6 @@ def _counted(hashes: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.
         return hashes, documents
     starts = np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1]]))
     return hashes[starts], np.add.reduceat(documents, starts)
-
-
-def _small(runs: np.ndarray, shift: int) -> np.ndarray:
-    return runs[runs < np.uint64(1 << (64 - shift))] if shift else runs
 
 
 def _pieces(document: str) -> Iterator[str]:
