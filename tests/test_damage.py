@@ -168,8 +168,8 @@ def test_layer_by_layer_measures_the_same(model, tmp_path, short_text, monkeypat
         "qpruner.shape.memory.forecast",
         lambda *args, **kw: dataclasses.replace(forecast(*args, **kw), resident=False),
     )
-    parts = compress(model, tmp_path / "parts", short_text, recipe).facts.damage
-    assert parts == whole
+    parts = compress(model, tmp_path / "parts", short_text, recipe).facts
+    assert parts.memory.layer_by_layer and parts.damage == whole
 
 
 def test_nothing_is_measured_if_not_asked_for_and_the_artifact_is_the_same(model, tmp_path, short_text):
