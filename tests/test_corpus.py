@@ -11,8 +11,9 @@ from tokenizers import normalizers
 from qpruner.errors import CorpusError, MissingExtraError
 from qpruner.model import corpus as corpus_module
 from qpruner.model import pystdlib
-from qpruner.model.corpus import Corpus, bundled_corpus, check_disjoint, read_corpus, split_corpus, token_windows
+from qpruner.model.corpus import Corpus, bundled_corpus, read_corpus, split_corpus, token_windows
 from qpruner.model.load import inspect_source, load_tokenizer
+from qpruner.model.overlap import check_disjoint
 
 BOS, EOS = 0, 1
 

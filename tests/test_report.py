@@ -17,6 +17,7 @@ from qpruner.errors import MissingExtraError, OutputError
 from qpruner.report import (
     AdapterStart,
     Blend,
+    Damage,
     Facts,
     Fusion,
     Importance,
@@ -32,6 +33,7 @@ from qpruner.report import (
     Sensitivity,
     Sizes,
     Stage,
+    StageLoss,
     Trial,
     Tuning,
     absent,
@@ -196,6 +198,21 @@ def example() -> Facts:
             after=0.07,
             curve=[LossPoint(step=s, loss=0.05 + 0.07 * math.exp(-s / 40)) for s in range(4, 201, 4)],
         ),
+        damage=Damage(
+            stages=[
+                StageLoss(stage=stage, loss=loss, standard_error=0.05, kl=kl)
+                for stage, loss, kl in [
+                    ("original", 2.31, 0.0),
+                    ("cut", 2.61, 0.31),
+                    ("refitted", 2.45, 0.16),
+                    ("rounded", 2.49, 0.2),
+                    ("recovered", 2.4, 0.1),
+                ]
+            ],
+            windows=8,
+            tolerance=0.5,
+            unigram=5.4,
+        ),
         search=Search(trials=tuple(trials), front=tuple(t.number for t in front), chosen=chosen),
         recovery=Recovered(curve=tuple(curve), loss_before=2.521, loss_after=2.402, starts=tuple(starts)),
         stages=tuple(Stage(name=n, seconds=s) for n, s in [("measure", 41.2), ("search", 88.5), ("recover", 71.0)]),
@@ -227,7 +244,7 @@ def bare(facts: Facts, **changes) -> Facts:
     empty = dict.fromkeys(
         ("importance", "reconstruction", "rounding", "information", "sensitivities", "stages", "notes"), ()
     )
-    empty |= dict.fromkeys(("fusion", "tuning", "search", "recovery"))
+    empty |= dict.fromkeys(("fusion", "tuning", "search", "recovery", "damage"))
     return facts.model_copy(update={**empty, **changes})
 
 
@@ -435,6 +452,15 @@ def test_recovery_draws_every_step(facts, figures):
     assert list(text.y) == [2.521, 2.402]
 
 
+def test_the_loss_of_every_stage_is_a_bar_with_its_step(facts, figures):
+    loss, more, gone = figures["damage"].data
+    stages = facts.damage.stages
+    assert list(loss.y) == [s.stage for s in stages] == ["original", "cut", "refitted", "rounded", "recovered"]
+    assert [round(a + b, 6) for a, b in zip(loss.x, more.x, strict=True)] == [s.loss for s in stages]
+    assert list(gone.x) == pytest.approx([0, 0, 0.16, 0, 0.09])
+    assert "it rose most with the cuts, before anything was refitted, by 0.300" in NUMBERS["damage"](facts).sentence
+
+
 def test_every_colour_has_a_dark_counterpart(figures):
     used = {c for figure in figures.values() for c in re.findall(r'"(#[0-9a-fA-F]+)"', figure.to_json())}
     assert used and used <= set(DARK)
@@ -452,6 +478,15 @@ def test_odd_models_draw(facts):
             sensitivities=(Sensitivity(unit="x", layer=7, bits=4, nats=-0.001),),
             search=Search(trials=(Trial(number=0, origin="a", size_bytes=5, loss=math.nan),)),
             recovery=Recovered(curve=(LossPoint(step=1, loss=2.0),)),
+            damage=Damage(
+                stages=[
+                    StageLoss(stage="original", loss=2.0, kl=0.0),
+                    StageLoss(stage="cut", loss=math.nan, kl=math.inf),
+                ],
+                windows=1,
+                tolerance=0.5,
+                unigram=5.0,
+            ),
         )
     )
     assert list(charts(odd)) == [name for name in CHARTS if name != "loftq"]

@@ -23,7 +23,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qpruner.model import load
-from qpruner.model.corpus import Corpus, bundled_corpus, check_disjoint, read_corpus, token_windows
+from qpruner.model.corpus import Corpus, bundled_corpus, read_corpus, token_windows
+from qpruner.model.overlap import check_disjoint
 
 MOST_EVALUATION_WINDOWS = 200
 

@@ -62,6 +62,8 @@ def compress(
     memory_limit: str | None = None,
     measure_speed: bool = True,
     measure_kl: bool = True,
+    measure_stages: bool = True,
+    tolerance: float = 0.5,
     trust_remote_code: bool = False,
     on_progress: OnProgress = silent,
 ) -> Result:
@@ -84,6 +86,8 @@ def compress(
             goes through layer by layer; the artifact is the same.
         measure_speed: also time both models, each in a fresh process.
         measure_kl: also judge how far the artifact's predictions are from the original's; twice the work of its loss.
+        measure_stages: also measure the loss after every stage, on eight windows of the search text.
+        tolerance: nats per token that the loss may rise before the result carries a warning.
         trust_remote_code: let Python code that came with the model run; the artifact carries that code on.
         on_progress: called with stage, done, total.
     Raises:
@@ -129,17 +133,18 @@ def compress(
     run_folder = output.with_name(output.name + ".run")
     report = run_folder / "report.html"
     if load.is_artifact(output):
-        return _finished(output, run_folder, request)
+        return _finished(output, run_folder, request, tolerance)
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with Run(run_folder, shared=shared) as run:
         forecast = prepared.forecast
         run.event("start", request=digest_of(request), memory=forecast.stages, resident=forecast.resident)
         on_progress(str(forecast), 1, 1)
-        job = Job(prepared, run, on_progress, measure_speed, measure_kl, places=Places(workers, ray))
+        places = Places(workers, ray)
+        job = Job(prepared, run, on_progress, measure_speed, measure_kl, measure_stages, places=places)
         prepared, decided, measured = carry_out(job, drafted if past is None else past.drafted)
         command = _command(model, budget, output, chosen.name, seed, texts | {"trials": trials}, trust_remote_code)
-        facts = facts_of(prepared, decided, measured, command=command, seconds=run.seconds())
+        facts = facts_of(prepared, decided, measured, command=command, seconds=run.seconds(), tolerance=tolerance)
         joint = None
         if decided.searched is not None:
             asked = ([budget], command, None) if past is None else past.asked
@@ -243,7 +248,7 @@ def request_of(prepared: Prepared) -> dict:
     }
 
 
-def _finished(output: Path, run_folder: Path, request: dict) -> Result:
+def _finished(output: Path, run_folder: Path, request: dict, tolerance: float) -> Result:
     manifest = json.loads((output / "manifest.json").read_text())
     if manifest.get("request") != digest_of(request):
         raise OutputError(
@@ -254,7 +259,10 @@ def _finished(output: Path, run_folder: Path, request: dict) -> Result:
         raise OutputError(
             f"{output} is finished, but its run folder {run_folder} is gone. Remove {output} to make it anew."
         )
-    return Result(output, run_folder / "report.html", Facts.read(run_folder / "facts.json"))
+    facts = Facts.read(run_folder / "facts.json")
+    if facts.damage is not None:  # what is tolerated may change, and is no part of the request
+        facts = facts.model_copy(update={"damage": facts.damage.model_copy(update={"tolerance": tolerance})})
+    return Result(output, run_folder / "report.html", facts)
 
 
 def inspect(

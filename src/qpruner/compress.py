@@ -17,6 +17,7 @@ from torch import nn
 
 from qpruner.artifact import save
 from qpruner.artifact.opened import open_stream
+from qpruner.damage import StageLosses
 from qpruner.decide import widths
 from qpruner.deciding import Decided, search_loss, shipping
 from qpruner.do.quantize import Candidates
@@ -61,6 +62,7 @@ class Measured:
     reconstruction: list[dict]
     size: cost.StoredSize
     on_disk: int
+    stages: list[dict]  # the loss after each stage, as `damage.StageLosses.rows`
 
 
 def carry_out(job: Job, draft: Callable[[Job], Drafted] = drafted) -> tuple[Prepared, Decided, Measured]:
@@ -69,17 +71,21 @@ def carry_out(job: Job, draft: Callable[[Job], Drafted] = drafted) -> tuple[Prep
     found = _best_of(job, draft(job))
     prepared = found.prepared
     job = replace(job, prepared=prepared, embeddings=found.embeddings)
+    losses = StageLosses(job)
+    losses.cut(job, found.kept)
     job, reconstruction = reconstructed(job, found.kept)
+    losses.refitted(job, found.kept)
     decide = partial(completed, job, found)
     made = _in_memory if prepared.in_memory else _layer_by_layer
-    decided, done = made(job, found.kept, decide)
+    decided, done = made(job, found.kept, decide, losses)
     folder, size = unfinished(prepared.output), job.shape.size(decided.plan)
     on_disk = save.weight_bytes(folder)
     assert on_disk == size.total, f"{on_disk} bytes on disk, {size.total} predicted"
     artifact = judge_artifact(job, folder)
+    losses.shipped(job, folder, decided.plan, trained=bool(done.loss_curve))
     shutil.rmtree(job.run.folder / FINALISTS, ignore_errors=True)
     shutil.rmtree(job.passes, ignore_errors=True)  # with what earlier requests may have left unfinished
-    return prepared, decided, Measured(original, artifact, done, reconstruction, size, on_disk)
+    return prepared, decided, Measured(original, artifact, done, reconstruction, size, on_disk, losses.rows)
 
 
 def _best_of(job: Job, first: Drafted) -> Drafted:
@@ -101,7 +107,7 @@ def _best_of(job: Job, first: Drafted) -> Drafted:
             prepared = replace(each.prepared, output=place / "artifact")
             one = replace(job, prepared=prepared, embeddings=each.embeddings, run=run)
             one, _ = reconstructed(one, each.kept)
-            _layer_by_layer(one, each.kept, partial(completed, one, each))
+            _layer_by_layer(one, each.kept, partial(completed, one, each), None)
             written = unfinished(prepared.output)
             trust = job.shape.source.trust_remote_code
             stream = open_stream(
@@ -127,7 +133,7 @@ def _said(draft: Drafted) -> dict:
 Decide = Callable[[tuple[nn.Module, Candidates] | None], Decided]  # of the pruned model, if it is in memory
 
 
-def _in_memory(job: Job, kept: widths.Kept, decide: Decide) -> tuple[Decided, Done]:
+def _in_memory(job: Job, kept: widths.Kept, decide: Decide, losses: StageLosses) -> tuple[Decided, Done]:
     model = job.pruned(kept).loaded()
     of_plan = lambda plan: Candidates(model, job.graph, plan, adapter_dtype=job.stored_dtype)
     if job.recipe.tries_adapters:
@@ -140,7 +146,9 @@ def _in_memory(job: Job, kept: widths.Kept, decide: Decide) -> tuple[Decided, Do
     job, rows = rounded(job, decided.plan)
     if codes := job.codes():
         candidates.put_stored_(decided.plan.specs, codes)
+    losses.rounded(job, model, decided.plan)
     job, tuning = tuned(job, decided.plan, model, candidates)
+    losses.tuned(job, model, decided.plan, tuning)
     errors, before = candidates.errors(), search_loss(job, model)
     candidates.forget()
     trained = _recover(job, model, decided.plan)
@@ -151,7 +159,7 @@ def _in_memory(job: Job, kept: widths.Kept, decide: Decide) -> tuple[Decided, Do
     return decided, Done(trained, {"before": before, "after": after}, errors, rows, tuning, merging)
 
 
-def _layer_by_layer(job: Job, kept: widths.Kept, decide: Decide) -> tuple[Decided, Done]:
+def _layer_by_layer(job: Job, kept: widths.Kept, decide: Decide, _: StageLosses | None) -> tuple[Decided, Done]:
     decided = decide(None)
     job, rows = rounded(job, decided.plan)
     pruned, plan = job.pruned(kept), decided.plan

@@ -8,24 +8,35 @@ import psutil
 from qpruner import __version__
 from qpruner.artifact.stock import how_to_load
 from qpruner.compress import Measured
+from qpruner.damage import WINDOWS
 from qpruner.decide import search as bayesian
 from qpruner.decide.widths import kept_fractions
 from qpruner.deciding import Decided
 from qpruner.job import unfinished
+from qpruner.judge.damage import unigram_loss
 from qpruner.model import cost, memory
 from qpruner.model.discover import spans
 from qpruner.model.embeddings import embedding_shapes
 from qpruner.plan import DENSE, Plan
 from qpruner.prepare import Prepared
 from qpruner.report import facts as report
+from qpruner.report.damage import Damage, StageLoss
 from qpruner.run import digest_of
 
 HIGHER, LOWER = True, False
+TOLERANCE = 0.5  # nats per token: a perplexity that is 1.65 times as high
 
 
 def facts_of(
-    prepared: Prepared, decided: Decided, measured: Measured, *, command: str, seconds: dict[str, float]
+    prepared: Prepared,
+    decided: Decided,
+    measured: Measured,
+    *,
+    command: str,
+    seconds: dict[str, float],
+    tolerance: float = TOLERANCE,
 ) -> report.Facts:
+    """tolerance: nats per token that the loss may rise without a warning."""
     plan, size = decided.plan, measured.size
     used = report.Memory(
         limit=prepared.forecast.limit,
@@ -55,6 +66,7 @@ def facts_of(
         parameters_after=cost.parameter_count(stored),
         metrics=metrics(prepared, measured),
         protocol=measured.artifact["loss"]["protocol"],
+        damage=damage(prepared, measured, tolerance),
         layers=layers(prepared, decided),
         projections=projections(prepared, decided),
         embeddings=embeddings(prepared, decided.plan),
@@ -118,6 +130,16 @@ def metrics(prepared: Prepared, measured: Measured) -> tuple[report.Metric, ...]
         higher_is_better=LOWER,
     )  # fmt: skip
     return (*found[:5], disk, *found[5:])
+
+
+def damage(prepared: Prepared, measured: Measured, tolerance: float) -> Damage:
+    predicted = prepared.evaluation.ids[:, 1:].flatten()
+    return Damage(
+        stages=tuple(StageLoss(**row) for row in measured.stages),
+        windows=min(WINDOWS, len(prepared.search.ids)),
+        tolerance=tolerance,
+        unigram=unigram_loss(predicted.bincount().tolist()),
+    )
 
 
 def layers(prepared: Prepared, decided: Decided) -> tuple[report.Layer, ...]:
@@ -267,6 +289,7 @@ def manifest_of(prepared: Prepared, decided: Decided, measured: Measured, reques
             "model_architecture": prepared.shape.source.digest,
             "texts": prepared.texts.digests(),
         },
+        "fingerprints": prepared.texts.fingerprints(),
         "evaluation": {
             "original": loss(measured.original),
             "artifact": loss(measured.artifact),

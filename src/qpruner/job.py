@@ -51,6 +51,7 @@ class Job:
     on_progress: OnProgress
     measure_speed: bool
     measure_kl: bool = True
+    measure_stages: bool = True
     refitted: Path | None = None  # a folder of tensors that stand in for those that the pruned model was cut to
     refitted_from: str | None = None  # digest of all that they depend on
     rounded: Path | None = None  # a folder of what the quantized linears store, where that was found with text

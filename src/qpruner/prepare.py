@@ -17,6 +17,7 @@ from qpruner.joint.points import counts_for, embedding_formats
 from qpruner.model import checkpoint, corpus, depth, load, memory
 from qpruner.model.corpus import Corpus, Windows
 from qpruner.model.examples import Examples, examples_of
+from qpruner.model.overlap import check_disjoint, fingerprints
 from qpruner.model.packed.embedding import put_empty_embeddings_
 from qpruner.model.pystdlib import BUNDLED_NAME
 from qpruner.model.residual import fault_of
@@ -153,6 +154,10 @@ class Texts:
         parts = ("calibration", "search", "evaluation", *(("training",) if self.training else ()))
         return {part: getattr(self, part).digest for part in parts}
 
+    def fingerprints(self) -> dict[str, dict]:
+        """Of those that shape the artifact, to know them by later."""
+        return fingerprints(self.calibration, self.search)
+
 
 def choose_texts(
     model_name: str,
@@ -175,7 +180,7 @@ def choose_texts(
         if path is not None:
             parts[role] = corpus.read_corpus(path, role)
     trained_on = None if training is None else corpus.read_corpus(training, "calibration")
-    corpus.check_disjoint(*parts.values(), *([trained_on] if trained_on else []))
+    check_disjoint(*parts.values(), *([trained_on] if trained_on else []))
     return Texts(parts["calibration"], parts["search"], parts["evaluation"], note, trained_on)
 
 

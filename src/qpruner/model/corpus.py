@@ -1,7 +1,7 @@
 """Texts: reading them, keeping their purposes apart, and cutting them into windows of tokens.
 
 A corpus has one role for its whole life. Calibration text shapes the model, search text chooses among candidates,
-evaluation text only judges; `check_disjoint` refuses a text that would serve two of them.
+evaluation text only judges; `overlap.check_disjoint` refuses a text that would serve two of them.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qpruner.errors import CorpusError
 from qpruner.model import pystdlib
+from qpruner.model.ngrams import NGrams, ngrams_of
 from qpruner.model.texts import read_documents
 
 Role = Literal["calibration", "search", "evaluation"]
@@ -54,6 +56,10 @@ class Corpus:
     def size_bytes(self) -> int:
         return sum(len(_utf8(document)) for document in self.documents)
 
+    @cached_property
+    def ngrams(self) -> NGrams:
+        return ngrams_of(self.documents)
+
 
 def read_corpus(path: str | Path, role: Role) -> Corpus:
     """The documents of a `.txt`, `.jsonl`, `.jsonl.gz` or `.parquet` file; see `texts.read_documents`.
@@ -74,14 +80,19 @@ def bundled_corpus(role: Role) -> Corpus:
 
     A module whose text also serves a stricter role is left out: evaluation first, then search, then calibration.
     """
-    root, heldout = pystdlib.stdlib_root(), pystdlib.heldout_modules(pystdlib.bundled_folder())
+    return _bundled(role, pystdlib.stdlib_root())
+
+
+@cache  # a study reads it for every cell
+def _bundled(role: Role, root: Path) -> Corpus:
+    heldout = pystdlib.heldout_modules(pystdlib.bundled_folder())
     taken: set[str] = set()
     for corpus in ("evaluation", "search", "calibration"):
         texts = [pystdlib.read(root, module) for module in pystdlib.corpus_modules(root, heldout, corpus)]
-        documents = tuple(text for text in texts if text.strip() and _essence(text) not in taken)
+        documents = tuple(text for text in texts if text.strip() and essence(text) not in taken)
         if corpus == role:
             break
-        taken.update(map(_essence, texts))
+        taken.update(map(essence, texts))
     if not documents:
         raise CorpusError(
             f"this Python has no library sources under {root}, from which the bundled texts are read. "
@@ -102,7 +113,7 @@ def split_corpus(corpus: Corpus) -> dict[Role, Corpus]:
     Raises:
         CorpusError: the text is too short to be cut in three.
     """
-    documents = list({_essence(document): document for document in corpus.documents}.values())
+    documents = list({essence(document): document for document in corpus.documents}.values())
     parts = _dealt(documents) if len(documents) >= FEWEST_DOCUMENTS else _stretches(documents)
     if not all(parts.values()):
         raise CorpusError(
@@ -154,33 +165,12 @@ def _pieces(document: str) -> list[str]:
     return lines if len(lines) >= 20 else re.findall(r"\S+\s*|^\s+", document)
 
 
-def check_disjoint(*corpora: Corpus) -> None:
-    """Refuse corpora of different roles that share a document.
-
-    Raises:
-        CorpusError: it names the two corpora and says what they share.
-    """
-    for i, first in enumerate(corpora):
-        for second in corpora[i + 1 :]:
-            if first.role == second.role:
-                continue
-            shared = {_essence(d): d for d in first.documents}.keys() & {_essence(d) for d in second.documents}
-            if not shared:
-                continue
-            same = first.digest == second.digest
-            example = next(d for d in first.documents if _essence(d) in shared).strip()[:40]
-            what = "are the same text" if same else f"share {len(shared)} document(s), such as {example!r}"
-            raise CorpusError(
-                f"{first.name!r} ({first.role}) and {second.name!r} ({second.role}) {what}. A model judged on "
-                "text that shaped it looks better than it is: give another file for one of the two."
-            )
-
-
 def _utf8(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def _essence(document: str) -> str:
+def essence(document: str) -> str:
+    """What two documents have in common that differ by blanks around them."""
     return hashlib.sha256(_utf8(document.strip())).hexdigest()
 
 

@@ -1,6 +1,7 @@
 """Facts about a run, then pictures of them: `facts -> charts -> page`."""
 
 from qpruner.report.charts import absent, charts
+from qpruner.report.damage import Damage, StageLoss
 from qpruner.report.facts import (
     AdapterStart,
     Blend,
@@ -34,6 +35,7 @@ from qpruner.report.page import page, text_table
 __all__ = [
     "AdapterStart",
     "Blend",
+    "Damage",
     "Facts",
     "Fusion",
     "Importance",
@@ -51,6 +53,7 @@ __all__ = [
     "Sensitivity",
     "Sizes",
     "Stage",
+    "StageLoss",
     "Trial",
     "Tuning",
     "absent",

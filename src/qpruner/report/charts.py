@@ -22,6 +22,7 @@ from qpruner.report.canvas import (
     require_plotly,
 )
 from qpruner.report.facts import Facts, bytes_text, label
+from qpruner.report.losses import draw_damage
 from qpruner.report.pruning import draw_fusion, draw_importance, draw_plan, draw_reconstruction
 from qpruner.report.rounding import draw_rounding, draw_tuning
 
@@ -303,6 +304,14 @@ CHARTS = {
         "There are no sizes to draw.",
         lambda f: True,
         _draw_sizes,
+    ),
+    "damage": Chart(
+        "The loss after every stage",
+        "Each bar is the loss once that stage was through, the first that of the original; orange is what came with a "
+        "stage, hatched green what it took away.",
+        "The loss after every stage is left out: this run did not measure it.",
+        lambda f: f.damage is not None and bool(f.damage.stages),
+        draw_damage,
     ),
     "plan": Chart(
         "What is left of each layer",

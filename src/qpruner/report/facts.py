@@ -11,19 +11,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from qpruner.errors import OutputError
-from qpruner.plan import Value as PlanValue
 from qpruner.recipe import Units
+from qpruner.report.damage import Damage, sentences
+from qpruner.report.values import Value
 
 MAX_POINTS = 100  # of one curve of sorted scores
-
-
-class Value(PlanValue):
-    """As the plan's values, and a number that is not finite (the perplexity of a broken model) survives JSON."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class Saved(Value):
@@ -383,6 +378,7 @@ class Facts(Saved):
     parameters_after: int
     metrics: tuple[Metric, ...]
     protocol: str
+    damage: Damage | None = None
     layers: tuple[Layer, ...]
     projections: tuple[ProjectionBits, ...]
     embeddings: tuple[ProjectionBits, ...] = ()
@@ -413,8 +409,8 @@ class Facts(Saved):
 
 
 def all_warnings(facts: Facts) -> tuple[str, ...]:
-    """The run's warnings, and what the sizes themselves show to be wrong."""
-    sizes, found = facts.sizes, list(facts.warnings)
+    """What was done to the loss, the run's warnings, and what the sizes themselves show to be wrong."""
+    sizes, found = facts.sizes, [*_of_damage(facts), *facts.warnings]
     if sizes.on_disk > sizes.asked:
         found.append(f"The files hold {sizes.on_disk - sizes.asked:,} bytes more than was asked for.")
     if sizes.on_disk != sizes.predicted:
@@ -422,6 +418,15 @@ def all_warnings(facts: Facts) -> tuple[str, ...]:
     if (total := sum(sizes.parts().values())) != sizes.on_disk:
         found.append(f"The parts of the stored size add up to {total:,} bytes and the files hold {sizes.on_disk:,}.")
     return tuple(found)
+
+
+def _of_damage(facts: Facts) -> tuple[str, ...]:
+    loss, sizes = facts.metric("loss"), facts.sizes
+    if facts.damage is None or loss is None or loss.before is None or loss.after is None:
+        return ()
+    return sentences(
+        facts.damage, loss.before, loss.after, parameters=facts.parameters_before, size_bytes=sizes.on_disk
+    )
 
 
 def label(name: str) -> str:

@@ -2,8 +2,10 @@
 
 from typing import TYPE_CHECKING
 
+from qpruner.judge.damage import rises
 from qpruner.report.canvas import KINDS
 from qpruner.report.charts import CHARTS, absent, charts
+from qpruner.report.damage import DID
 from qpruner.report.document import Numbers, document, drawing, escaped, html_table, sentence
 from qpruner.report.facts import Facts, all_warnings, before_after, bytes_text, title
 from qpruner.report.joint import JointFacts
@@ -20,6 +22,20 @@ def _sizes(facts: Facts) -> Numbers:
     rows = [(name, size) for name, size in whole.items()]
     rows += [(f"on disk: {name}", size) for name, size in sizes.parts().items()]
     return Numbers("; ".join(f"{n} {bytes_text(v)}" for n, v in whole.items()) + ".", ("size", "bytes"), rows)
+
+
+def _damage(facts: Facts) -> Numbers:
+    damage = facts.damage
+    losses = [s.loss for s in damage.stages]
+    rows = [
+        (s.stage, s.loss, s.standard_error, rise, s.kl)
+        for s, rise in zip(damage.stages, (None, *rises(losses)), strict=True)
+    ]
+    said = [f"from {losses[0]:.3f} to {losses[-1]:.3f} nats per token on {damage.windows} windows of the search text"]
+    if worst := damage.worst():
+        said.append(f"it rose most with {DID.get(worst[0], worst[0])}, by {worst[1]:.3f}")
+    head = ("after", "loss, nats/token", "standard error", "since the stage before", "KL to the original, nats/token")
+    return Numbers(sentence(said), head, rows)
 
 
 def _plan(facts: Facts) -> Numbers:
@@ -192,6 +208,7 @@ def _loftq(facts: Facts) -> Numbers:
 
 NUMBERS = {
     "sizes": _sizes,
+    "damage": _damage,
     "plan": _plan,
     "importance": _importance,
     "fusion": _fusion,
@@ -206,6 +223,7 @@ NUMBERS = {
     "loftq": _loftq,
 }
 SECTIONS = (
+    ("What each stage did to the loss", ("damage",)),
     ("What was cut and rounded", ("plan", "importance", "fusion", "reconstruction", "rounding", "tuning")),
     ("What the layers carry", ("information", "sensitivities")),
     ("The search", ("search", "pareto")),
@@ -290,7 +308,7 @@ def _run(facts: Facts) -> str:
 
 
 def text_table(facts: Facts) -> "Table":
-    """The before/after table for a terminal."""
+    """The before/after table for a terminal, with the warnings below it."""
     from rich.table import Table
     from rich.text import Text
 
@@ -300,4 +318,7 @@ def text_table(facts: Facts) -> "Table":
         table.add_column(head, justify="right", no_wrap=True)
     for row in before_after(facts):
         table.add_row(*(Text(cell) for cell in row))
+    if warnings := all_warnings(facts):
+        table.caption = Text("\n".join(f"Warning: {sentence}" for sentence in warnings), style="bold not italic")
+        table.caption_justify = "left"
     return table
