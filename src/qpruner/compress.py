@@ -28,7 +28,7 @@ from qpruner.job import Job, unfinished
 from qpruner.judge import loss as judge
 from qpruner.judging import judge_artifact, judge_original
 from qpruner.merging import Merging, merged_or_beside
-from qpruner.model import adapters, cost, load
+from qpruner.model import cost, load
 from qpruner.model.scratch import Scratch
 from qpruner.plan import Plan
 from qpruner.prepare import Prepared
