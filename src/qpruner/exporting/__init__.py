@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Protocol
 
 from qpruner.errors import ModelError, OutputError
+from qpruner.exporting.compressed_tensors import to_compressed_tensors
 from qpruner.exporting.gguf import to_gguf
 from qpruner.model.load import inspect_source
 from qpruner.progress import OnProgress, silent
@@ -25,6 +26,7 @@ def export(
     *,
     calibration: str | Path | None = None,
     trust_remote_code: bool = False,
+    round_again: bool | None = None,
     on_progress: OnProgress = silent,
 ) -> Exported:
     """Write a model or an artifact for another program, and open it there.
@@ -35,6 +37,8 @@ def export(
         output: by default the model's name beside it, with the ending of the format.
         calibration: a text; columns of weights then count, where they are rounded once more, as much as what they are
             multiplied with. Otherwise all columns count the same.
+        round_again: of formats that take codes over as they are, whether those that they do not hold may be rounded
+            once more; refused otherwise. GGUF has grids of its own, and its export says what it rounded.
     Raises:
         ModelError: the format does not hold the model, or does not compute what it computes; nothing was written.
     """
@@ -45,8 +49,12 @@ def export(
     if source.folder is None or not source.tensors:
         raise ModelError(f"{source.name!r} is a configuration without weights; name the folder that holds both.")
     path = Path(output) if output is not None else Path.cwd() / f"{source.name.rpartition('/')[2]}{ending}"
-    return write(source, path, calibration and Path(calibration), on_progress)
+    options = {} if round_again is None else {"round_again": round_again}
+    if options and to not in TAKE_CODES_OVER:
+        raise OutputError(f"round_again is for exports that take codes over as they are: {', '.join(TAKE_CODES_OVER)}.")
+    return write(source, path, calibration and Path(calibration), on_progress, **options)
 
 
 # name -> (what writes it, the ending of what it writes)
-EXPORTERS = {"gguf": (to_gguf, ".gguf")}
+EXPORTERS = {"gguf": (to_gguf, ".gguf"), "compressed-tensors": (to_compressed_tensors, "-compressed-tensors")}
+TAKE_CODES_OVER = ("compressed-tensors",)
