@@ -26,7 +26,7 @@ def export(
     *,
     calibration: str | Path | None = None,
     trust_remote_code: bool = False,
-    round_again: bool | None = None,
+    round_again: bool = False,
     on_progress: OnProgress = silent,
 ) -> Exported:
     """Write a model or an artifact for another program, and open it there.
@@ -49,8 +49,8 @@ def export(
     if source.folder is None or not source.tensors:
         raise ModelError(f"{source.name!r} is a configuration without weights; name the folder that holds both.")
     path = Path(output) if output is not None else Path.cwd() / f"{source.name.rpartition('/')[2]}{ending}"
-    options = {} if round_again is None else {"round_again": round_again}
-    if options and to not in TAKE_CODES_OVER:
+    options = {"round_again": True} if round_again else {}
+    if round_again and to not in TAKE_CODES_OVER:
         raise OutputError(f"round_again is for exports that take codes over as they are: {', '.join(TAKE_CODES_OVER)}.")
     return write(source, path, calibration and Path(calibration), on_progress, **options)
 

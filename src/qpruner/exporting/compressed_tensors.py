@@ -73,21 +73,21 @@ class Exported:
             said.append(f"the same in {w.dtype}, against the artifact: {self.as_stored}")
         if self.corrected:
             said.append(
-                f"compressed-tensors {self.versions.get('compressed_tensors')} does not load the zero points that it "
-                "writes itself: it was corrected for this check, and plain transformers will refuse the folder with it; "
-                "symmetric=true loads everywhere"
+                f"compressed-tensors {self.versions.get('compressed_tensors')} does not load zero points as it "
+                "packs them itself: it was corrected for this check, and plain transformers refuses the folder "
+                "with it; symmetric=true loads everywhere"
             )
-        if w.adapters:
+        if w.adapter_rank and w.stock:
             said.append(
-                f"adapters lie beside, in PEFT's format: vllm serve {w.path} --enable-lora --lora-modules "
-                f"recovered={w.path / ADAPTER}; in transformers, after a first pass, "
+                "adapters lie beside, in PEFT's format; in transformers, after a first pass: "
                 f"PeftModel.from_pretrained(model, '{w.path / ADAPTER}')"
             )
         said += [str(verdict) for verdict in self.vllm]
         load = f"AutoModelForCausalLM.from_pretrained('{w.path}')"
         said.append(f"load it with: {'' if w.stock else 'import qpruner; '}{load}")
         if all(verdict.holds for verdict in self.vllm):
-            said.append(f"serve it with: vllm serve {w.path}")
+            lora = f" --enable-lora --max-lora-rank {w.lora_rank} --lora-modules recovered={w.path / ADAPTER}"
+            said.append(f"serve it with: vllm serve {w.path}{lora if w.adapter_rank else ''}")
         return said
 
 
@@ -153,7 +153,9 @@ def memory_for(dense: Dense) -> bool:
 
 
 def opened(folder: Path, ids: Tensor, written: Written) -> alone.Answer:
-    adapter = folder / ADAPTER if written.adapters and written.stock else None  # our own loader puts them there itself
+    adapter = (
+        folder / ADAPTER if written.adapter_rank and written.stock else None
+    )  # our own loader puts them there itself
     try:
         return alone.ask(
             folder, ids[0].tolist(), dtypes=("float32", written.dtype), adapter=adapter, own=not written.stock

@@ -1,12 +1,12 @@
 """Codes, scales and zero points as compressed-tensors stores them, and back.
 
 Notation
-    weight_packed      codes, less half of their range, in a dense stream of 32-bit words      (d_out, ceil(d_in b / 32))
-    weight_scale       step of the grid in each group                                          (d_out, n)
-    weight_shape       the shape of the weight                                                 (2,)
-    weight_zero_point  zeros, less half of their range, packed down the outputs                (ceil(d_out b / 32), n)
+    weight_packed      codes, less half of their range, in a dense stream of 32-bit words    (d_out, ceil(d_in b / 32))
+    weight_scale       step of the grid in each group                                        (d_out, n)
+    weight_shape       the shape of the weight                                               (2,)
+    weight_zero_point  zeros, less half of their range, packed down the outputs              (ceil(d_out b / 32), n)
 
-Codes of 3, 5, 6 and 7 bits go across the borders of words, as vLLM 0.33 and compressed-tensors 0.18 and later read them.
+Codes of 3, 5, 6 and 7 bits go across the borders of words, as vLLM 0.33 and compressed-tensors from 0.18 read them.
 Older ones put whole codes into each word: rows of 3 bits then often have as many words, and load as other numbers.
 """
 
@@ -16,11 +16,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qpruner.artifact.compressed.schemes import AS_INTEGERS, Scheme
+from qpruner.artifact.compressed.schemes import AS_INTEGERS
 from qpruner.errors import MissingExtraError, ModelError
 from qpruner.math import grids
 from qpruner.model.cost import TensorSpec
 from qpruner.model.packed.linear import PackedLinear
+from qpruner.serving import Scheme
 
 WORD_BITS = 32
 OLDEST = (0, 18)

@@ -9,9 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from qpruner.artifact.compressed.encoding import decoded, tensor_specs
-from qpruner.artifact.compressed.schemes import Scheme, schemes_in
+from qpruner.artifact.compressed.schemes import schemes_in
 from qpruner.model.packed.linear import PackedLinear
 from qpruner.model.tensors import Stored
+from qpruner.serving import Scheme
 
 CODES = "weight_packed"
 OURS = ("codes", "scales", "zeros")

@@ -9,41 +9,15 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from qpruner.errors import ModelError
 from qpruner.plan import QuantSpec
+from qpruner.serving import Scheme, scheme_of
 
 FORMAT = "pack-quantized"
 AS_INTEGERS = {"ternary": 2, "binary": 2}
 FEWEST_IN_GROUP = 8  # below that, scales weigh more than half as much as codes of 4 bits
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """bits: of a code. group_size: inputs that share a scale; None for whole rows."""
-
-    bits: int
-    symmetric: bool = True
-    group_size: int | None = None
-
-    @property
-    def name(self) -> str:
-        words = [f"int{self.bits}"] + [f"g{self.group_size}"] * (self.group_size is not None)
-        return "_".join(words + ["zeros"] * (not self.symmetric))
-
-    @property
-    def spec(self) -> QuantSpec:
-        return QuantSpec(bits=self.bits, grid="integer", group_size=self.group_size, symmetric=self.symmetric)
-
-    def to_json(self) -> dict:
-        """As compressed-tensors' `QuantizationArgs` read it."""
-        return {
-            "num_bits": self.bits, "type": "int", "symmetric": self.symmetric,
-            "strategy": "channel" if self.group_size is None else "group", "group_size": self.group_size,
-            "dynamic": False,
-        }  # fmt: skip
 
 
 def exact_scheme(spec: QuantSpec, d_in: int) -> Scheme | None:
@@ -165,15 +139,5 @@ def schemes_in(config: Mapping, names: Iterable[str]) -> dict[str, Scheme]:
             f"weights are stored as {config.get('quant_method')!r}, format {config.get('format')!r}; "
             f"compressed-tensors' {FORMAT!r} is read."
         )
-    found: dict[str, Scheme] = {}
-    names = list(names)
-    for group in config["config_groups"].values():
-        how = group["weights"]
-        scheme = Scheme(how["num_bits"], how["symmetric"], how["group_size"])
-        found |= {name: scheme for name in names if any(matches(name, target) for target in group["targets"])}
-    return {name: scheme for name, scheme in found.items() if not any(matches(name, t) for t in config["ignore"])}
-
-
-def matches(name: str, target: str) -> bool:
-    """As compressed-tensors and vLLM do it: a whole name, or a regular expression from its start on."""
-    return bool(re.match(target.removeprefix("re:"), name)) if target.startswith("re:") else name == target
+    found = {name: scheme_of(config, name) for name in names}
+    return {name: scheme for name, scheme in found.items() if scheme}

@@ -15,8 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qpruner.artifact.compressed.encoding import as_coded, encoded, exact_scales, require_compressed_tensors, tensor_specs
-from qpruner.artifact.compressed.schemes import Scheme, exact_scheme, nearest_scheme, quantization_config, why_not
+from qpruner.artifact.compressed.encoding import (
+    as_coded,
+    encoded,
+    exact_scales,
+    require_compressed_tensors,
+    tensor_specs,
+)
+from qpruner.artifact.compressed.schemes import exact_scheme, nearest_scheme, quantization_config, why_not
 from qpruner.artifact.config import MODEL_TYPE
 from qpruner.artifact.dense import Dense
 from qpruner.artifact.loader import ADAPTER, PLAN, WEIGHTS
@@ -25,13 +31,16 @@ from qpruner.artifact.stock import stock_config
 from qpruner.errors import ModelError, listed
 from qpruner.math import grids
 from qpruner.model import cost
+from qpruner.model.adapters import read_adapters
 from qpruner.model.checkpoint import INDEX_FILE
 from qpruner.model.cost import TORCH_NAMES, TensorSpec
 from qpruner.model.load import Source, stored_dtype
 from qpruner.model.tensors import write_safetensors
 from qpruner.plan import DENSE, Plan
+from qpruner.serving import Scheme
 
 SHARD_BYTES = 5 * 10**9
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM 0.33 accepts as --max-lora-rank
 Importance = Callable[[str], Tensor | None]  # by the path of a linear: of each of its inputs
 OnTensor = Callable[[int, int], None]  # tensors written, tensors in all
 
@@ -51,8 +60,8 @@ class Written:
     """What was written.
 
     stock: whether transformers loads it without us. linears: number of them in each scheme. exact: those whose codes
-    were taken over as they are. again: those that were rounded once more. notes: what a reader should know, in
-    sentences.
+    were taken over as they are. again: those that were rounded once more. adapter_rank: the largest of the adapters
+    beside; 0 for none. notes: what a reader should know, in sentences.
     """
 
     path: Path
@@ -63,12 +72,13 @@ class Written:
     linears: dict[str, int]
     exact: int
     again: tuple[Again, ...]
-    adapters: bool
+    adapter_rank: int
     notes: tuple[str, ...]
 
     @property
-    def asymmetric(self) -> bool:
-        return any(name.endswith("zeros") for name in self.linears)
+    def lora_rank(self) -> int:
+        """The smallest of vLLM's maximal ranks that holds the adapters."""
+        return next(rank for rank in LORA_RANKS if rank >= self.adapter_rank)
 
     def to_json(self) -> dict:
         return asdict(self) | {"path": str(self.path)}
@@ -107,9 +117,10 @@ def write_folder(
             shutil.copyfile(source.folder / name, folder / name)
     for path in source.code:
         shutil.copyfile(path, folder / path.name)
-    adapters = source.config.model_type == MODEL_TYPE and (source.folder / ADAPTER).is_dir()
-    if adapters:
+    rank = 0
+    if source.config.model_type == MODEL_TYPE and (source.folder / ADAPTER).is_dir():
         shutil.copytree(source.folder / ADAPTER, folder / ADAPTER)
+        rank = max(read_adapters(folder / ADAPTER)[0].values())
     if not stock:
         (folder / PLAN).write_text(plan_of(source, chosen).to_json())
     return Written(
@@ -117,7 +128,7 @@ def write_folder(
         model_type=config["model_type"], dtype=str(dtype).removeprefix("torch."),
         linears=dict(Counter(scheme.name for scheme, _ in chosen.values())),
         exact=sum(again is None for _, again in chosen.values()),
-        again=tuple(again for _, again in chosen.values() if again), adapters=adapters,
+        again=tuple(again for _, again in chosen.values() if again), adapter_rank=rank,
         notes=tuple(notes_of(dense, chosen, rounded, dtype, entries)),
     )  # fmt: skip
 
@@ -148,9 +159,7 @@ def schemes_of(dense: Dense, round_again: bool) -> dict[str, tuple[Scheme, Again
     return found
 
 
-def configuration(
-    source: Source, dense: Dense, chosen: Mapping[str, tuple[Scheme, Again | None]]
-) -> tuple[dict, bool]:
+def configuration(source: Source, dense: Dense, chosen: Mapping[str, tuple[Scheme, Again | None]]) -> tuple[dict, bool]:
     """The content of config.json, and whether it is that of a stock class."""
     content, stock = plain_configuration(source, dense)
     if chosen:
@@ -276,8 +285,8 @@ def notes_of(
     if outside:
         size = sum(cost.tensor_bytes(entries[f"{name}.weight"][f"{name}.weight"]) for name in outside)
         yield (
-            f"{listed(outside)} lie in codes in the artifact and in 16 bits here, {size:,} bytes: transformers ties and "
-            "looks up plain matrices"
+            f"{listed(outside)} lie in codes in the artifact and in 16 bits here, {size:,} bytes: transformers ties "
+            "and looks up plain matrices"
         )
     if spread := [n for n, (s, again) in chosen.items() if not again and s.group_size != stated_group(dense, n)]:
         yield f"{listed(spread)}: their groups do not divide the inputs, so each scale is written several times"
@@ -292,5 +301,3 @@ def notes_of(
 def stated_group(dense: Dense, name: str) -> int | None:
     spec, d_in = dense.spec(name), dense.model.get_submodule(name).in_features
     return None if spec.group_size is None or spec.group_size >= d_in else spec.group_size
-
-
