@@ -165,7 +165,8 @@ def test_heads_of_their_own_and_biases(over, tmp_path, in_process):
 
 
 def test_layers_of_their_own_widths_load_with_our_loader(tmp_path, in_process):
-    specs = (integer(4), integer(3, symmetric=False), INT8)
+    ternary = QuantSpec(bits=2, grid="ternary", group_size=64)
+    specs = (integer(4, 48), integer(3, symmetric=False), INT8, ternary)  # of which two are stored as something else
     artifact = artifact_of(folder_of("llama", tmp_path / "m"), tmp_path / "a", specs=specs, rank=4, **UNEVEN)
     result = export(artifact, tmp_path / "o")
     assert not result.written.stock and result.moved.relative < 1e-5
@@ -173,7 +174,7 @@ def test_layers_of_their_own_widths_load_with_our_loader(tmp_path, in_process):
     loaded, again = load_model(inspect_source(artifact)), load_model(inspect_source(tmp_path / "o"))
     ids = torch.randint(259, (1, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, again(ids).logits)
+        torch.testing.assert_close(again(ids).logits, loaded(ids).logits, rtol=1e-4, atol=1e-4)
     assert type(again.model.layers[1].mlp.down_proj.get_base_layer()).__name__ == "PackedLinear"  # and not decoded
 
 
