@@ -18,7 +18,7 @@ from qpruner.errors import MissingExtraError, ModelError, OutputError
 from qpruner.model.load import inspect_source, load_model
 from qpruner.model.packed.split import packed
 from qpruner.plan import DENSE, INT8, NF4, QuantSpec
-from qpruner.serving import Scheme, matches
+from qpruner.vllm import Scheme, matches
 
 compressed_tensors = pytest.importorskip("compressed_tensors")
 
@@ -267,7 +267,7 @@ def test_places_that_are_taken_and_options_of_others_are_refused(tmp_path):
     (tmp_path / "o/file").touch()
     with pytest.raises(OutputError, match="is there already"):
         export("pystdlib-5M", tmp_path / "o")
-    with pytest.raises(OutputError, match="round_again is for exports that take codes over"):
+    with pytest.raises(OutputError, match="to gguf has no option 'round_again'. Options: compressed-tensors"):
         exporting.export("pystdlib-5M", "gguf", tmp_path / "x.gguf", round_again=True)
 
 

@@ -21,7 +21,7 @@ from qpruner.files import replacing
 from qpruner.model.cost import named_tensors, parameter_count
 from qpruner.model.load import Source
 from qpruner.progress import OnProgress
-from qpruner.serving import Verdict, vllm_verdict
+from qpruner.vllm import Verdict, vllm_verdict
 
 # Between transformers and torch on the same weights, both in float32: only the order of sums differs.
 MOST_OFF = 1e-3

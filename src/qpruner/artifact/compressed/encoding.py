@@ -21,7 +21,7 @@ from qpruner.errors import MissingExtraError, ModelError
 from qpruner.math import grids
 from qpruner.model.cost import TensorSpec
 from qpruner.model.packed.linear import PackedLinear
-from qpruner.serving import Scheme
+from qpruner.vllm import Scheme
 
 WORD_BITS = 32
 OLDEST = (0, 18)

@@ -12,7 +12,7 @@ from qpruner.artifact.compressed.encoding import decoded, tensor_specs
 from qpruner.artifact.compressed.schemes import schemes_in
 from qpruner.model.packed.linear import PackedLinear
 from qpruner.model.tensors import Stored
-from qpruner.serving import Scheme
+from qpruner.vllm import Scheme
 
 CODES = "weight_packed"
 OURS = ("codes", "scales", "zeros")

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from qpruner.errors import ModelError
 from qpruner.plan import QuantSpec
-from qpruner.serving import Scheme, scheme_of
+from qpruner.vllm import Scheme, scheme_of
 
 FORMAT = "pack-quantized"
 AS_INTEGERS = {"ternary": 2, "binary": 2}

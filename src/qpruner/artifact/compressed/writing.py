@@ -37,7 +37,7 @@ from qpruner.model.cost import TORCH_NAMES, TensorSpec
 from qpruner.model.load import Source, stored_dtype
 from qpruner.model.tensors import write_safetensors
 from qpruner.plan import DENSE, Plan
-from qpruner.serving import Scheme
+from qpruner.vllm import Scheme
 
 SHARD_BYTES = 5 * 10**9
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM 0.33 accepts as --max-lora-rank

@@ -13,7 +13,7 @@ from typing import Any
 
 from qpruner.errors import listed
 from qpruner.plan import QuantSpec
-from qpruner.targets import WORD_BITS, LayerWidths
+from qpruner.targets import MARLIN, MARLIN_GROUPS, WORD_BITS, LayerWidths
 
 VERSION = "0.33"
 TENSOR_PARALLEL = (1, 2, 4, 8)
@@ -27,10 +27,6 @@ NATIVE = (
     "MixtralForCausalLM", "NemotronForCausalLM", "OlmoeForCausalLM", "OPTForCausalLM", "Phi3ForCausalLM",
     "Qwen2ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "StableLmForCausalLM",
 )  # fmt: skip
-# Weights of 16-bit inputs: Marlin takes these (bits, symmetric) in these groups, zero padding what does not fit its
-# tiles; the other widths go to Humming, which compiles a kernel for each.
-MARLIN = ((4, True), (8, True), (4, False))
-MARLIN_GROUPS = (None, 32, 64, 128)
 WIDTHS = range(2, 9)
 SMALLEST_GROUP = 16
 FUSED = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}

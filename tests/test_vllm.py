@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qpruner.serving import Scheme, matches, tensor_parallel, vllm_verdict
+from qpruner.vllm import Scheme, matches, tensor_parallel, vllm_verdict
 
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 512, "num_hidden_layers": 3,
