@@ -90,6 +90,7 @@ def test_whole_layers_go_except_where_their_number_says_what_they_are():
         (integer(4), 96, "no whole groups of 64"),
         (integer(4, 16), 512, "groups of 32, 64 or 128"),
         (integer(3), 512, r"4 and 8 bits.*not verified"),
+        (integer(8, symmetric=False), 512, r"of 8 bits with zero points.*not verified"),
         (integer(4, None), 100, "whole words"),
         (integer(4), 512, None),
         (integer(4, symmetric=False), 512, None),

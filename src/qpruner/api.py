@@ -419,9 +419,10 @@ def export(
     calibration: str | Path | None = None,
     trust_remote_code: bool = False,
     on_progress: OnProgress = silent,
+    **options: bool,
 ):
     """Write a model or an artifact for another program, and open it there; see `qpruner.exporting.export`."""
     from qpruner import exporting
 
-    options = dict(calibration=calibration, trust_remote_code=trust_remote_code, on_progress=on_progress)
+    options |= dict(calibration=calibration, trust_remote_code=trust_remote_code, on_progress=on_progress)
     return exporting.export(model, to, output, **options)

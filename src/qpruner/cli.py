@@ -262,13 +262,19 @@ def evaluate(
 @with_status
 def export(
     model: Annotated[str, typer.Argument(help=MODEL_HELP + " Artifacts of qpruner too.")],
-    to: Annotated[str, typer.Option("--to", help="What is written: gguf, for llama.cpp.")],
+    to: Annotated[
+        str, typer.Option("--to", help="What is written: gguf, for llama.cpp; compressed-tensors, for vLLM.")
+    ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The file. Default: the model's name, in this folder.")
+        Path | None,
+        typer.Option("--output", "-o", help="The file or folder. Default: the model's name, in this folder."),
     ] = None,
     calibration: Annotated[
         Path | None, typer.Option("--calibration", help="Text that tells which columns of weights count most.")
     ] = None,
+    round_again: Annotated[
+        bool, typer.Option("--round-again", help="Round weights once more where the format lacks their codes.")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -278,8 +284,9 @@ def export(
 
     with bars() as on_progress:
         found = api.export(
-            model, to, output, calibration=calibration, trust_remote_code=trust_remote_code, on_progress=on_progress
-        )
+            model, to, output, calibration=calibration, round_again=round_again,
+            trust_remote_code=trust_remote_code, on_progress=on_progress,
+        )  # fmt: skip
     if as_json:
         _print_json(found.to_json())
     else:

@@ -17,9 +17,10 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield temporary
-        for written in files_in(temporary):
-            with written.open("rb") as file:
-                os.fsync(file.fileno())
+        for written in [temporary] if temporary.is_file() else temporary.rglob("*"):
+            if written.is_file():
+                with written.open("rb") as file:
+                    os.fsync(file.fileno())
         if path.is_dir():
             shutil.rmtree(path)  # no system call puts a folder in the place of one that is not empty
         os.replace(temporary, path)

@@ -30,8 +30,10 @@ DECI = ("llama", "mistral", "qwen2")
 OPENELM = ("qwen3",)
 DECI_ROPE, OPENELM_ROPE = ("default", "llama3"), ("default",)
 
-PACKED_GROUPS = (32, 64, 128)
-KERNEL_BITS = (4, 8)
+# What vLLM's Marlin kernels take, (bits, symmetric) and groups (None for whole rows). Other widths go to the kernels of
+# humming-kernels, which it brings along; none of those was run.
+MARLIN = ((4, True), (8, True), (4, False))
+MARLIN_GROUPS = (None, 32, 64, 128)
 WORD_BITS = 32
 
 
@@ -254,10 +256,16 @@ def _pack_quantized(spec: QuantSpec, d_in: int | None) -> str | None:
         return f"compressed-tensors' scales have 16 bits, and these {spec.scale_bits}"
     if spec.group_size is not None and d_in is not None and d_in % spec.group_size:
         return f"{d_in} inputs are no whole groups of {spec.group_size}, which compressed-tensors asks for"
-    if spec.group_size is not None and spec.group_size not in PACKED_GROUPS:
-        return f"vLLM's kernels take groups of 32, 64 or 128 or whole rows, not of {spec.group_size} (not verified)"
-    if spec.bits not in KERNEL_BITS:
-        return f"vLLM's kernels take codes of 4 and 8 bits; of {spec.bits} bits some may not run (not verified)"
+    if spec.group_size not in MARLIN_GROUPS:
+        return (
+            f"vLLM's Marlin takes groups of 32, 64 or 128 or whole rows, not of {spec.group_size}; others: not verified"
+        )
+    if (spec.bits, spec.symmetric) not in MARLIN:
+        zeros = "" if spec.symmetric else " with zero points"
+        return (
+            f"vLLM's Marlin takes codes of 4 and 8 bits, with zero points of 4; of {spec.bits} bits{zeros} Humming may "
+            "(not verified)"
+        )
     if d_in is not None and d_in * spec.bits % WORD_BITS:
         return f"{d_in} codes of {spec.bits} bits do not fill whole words of {WORD_BITS} (not verified)"
     return None

@@ -61,13 +61,21 @@ class Dense:
 
     def read(self, name: str) -> Tensor:
         path, _, part = name.rpartition(".")
-        if part != "weight" or (path not in self._coded and path not in self._corrections):
-            return self._stored.read(name)
-        W = self.coded(path).dequantize(torch.float32) if path in self._coded else self._stored.read(name)
-        if path in self._corrections:
-            A, B, scaling = self._corrections[path]
-            W = (W.double() + scaling * (B.double() @ A.double())).float()
-        return W
+        return self.corrected(path, self.base(name)) if part == "weight" else self.base(name)
+
+    def base(self, name: str) -> Tensor:
+        """Without what adapters add."""
+        path, _, part = name.rpartition(".")
+        if part == "weight" and path in self._coded:
+            return self.coded(path).dequantize(torch.float32)
+        return self._stored.read(name)
+
+    def corrected(self, path: str, W: Tensor) -> Tensor:
+        """A weight with what the adapter beside it adds, if there is one."""
+        if path not in self._corrections:
+            return W
+        A, B, scaling = self._corrections[path]
+        return (W.double() + scaling * (B.double() @ A.double())).float()
 
     def coded(self, path: str) -> nn.Module:
         """The packed module of this path, filled."""

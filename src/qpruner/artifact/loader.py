@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from qpruner.artifact.compressed.reading import Unpacked, in_their_codes
 from qpruner.artifact.config import QPrunerConfig
 from qpruner.errors import ModelError, listed
 from qpruner.model import adapters
@@ -63,7 +64,8 @@ class QPrunerForCausalLM:
 
 def assemble(folder: Path, config: QPrunerConfig, *, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     model, _ = shell(folder, config, trust_remote_code=trust_remote_code)
-    _fill_(model, load_file(folder / WEIGHTS), dtype, folder)
+    tensors = Unpacked.of(folder).all() if in_their_codes(config) else load_file(folder / WEIGHTS)
+    _fill_(model, tensors, dtype, folder)
     if (folder / ADAPTER).is_dir():
         adapters.load_adapters_(model, folder / ADAPTER)
     model.name_or_path = str(folder)

@@ -1,0 +1,134 @@
+"""transformers, asked in a process of its own what it computes from an exported folder.
+
+As a program this file imports nothing of qpruner, unless the folder is of qpruner's own model type: then `import
+qpruner` is all that it adds.
+"""
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+SECONDS = 1800
+
+
+@dataclass(frozen=True)
+class Answer:
+    """logits: of each dtype that was asked for, (tokens, vocabulary), float32.
+
+    corrected: compressed-tensors would not take zero points as it stores them itself, so that was put right there.
+    versions: of the packages that loaded it.
+    """
+
+    logits: dict[str, np.ndarray]
+    corrected: bool
+    versions: dict[str, str]
+
+
+class Refused(Exception):
+    """transformers does not take the folder; the message is what it said."""
+
+
+def ask(
+    folder: Path, tokens: Sequence[int], *, dtypes: Sequence[str], adapter: Path | None = None, own: bool = False
+) -> Answer:
+    """Logits after each token, by transformers in a fresh process.
+
+    Args:
+        dtypes: in which the model is loaded, one after the other. adapter: a PEFT folder to put on it.
+        own: the folder is of qpruner's type.
+    Raises:
+        Refused: the folder does not load, or does not run.
+    """
+    request = dict(folder=str(folder), tokens=list(tokens), dtypes=list(dtypes), own=own)
+    request |= {"adapter": adapter and str(adapter)}
+    done = subprocess.run(
+        [sys.executable, "-P", __file__], input=json.dumps(request).encode(), capture_output=True, timeout=SECONDS,
+        check=False,
+    )  # fmt: skip
+    if done.returncode:
+        said = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
+        raise Refused(said[-1].strip() if said else f"the process ended with status {done.returncode}")
+    head, _, data = done.stdout.partition(b"\n")
+    found = json.loads(head)
+    arrays = np.frombuffer(data, np.float32).reshape(len(dtypes), *found["shape"])
+    return Answer(dict(zip(dtypes, arrays, strict=True)), found["corrected"], found["versions"])
+
+
+# --- in the other process --------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    if request["own"]:
+        import qpruner  # noqa: F401
+    import torch
+
+    found, corrected = [], False
+    for name in request["dtypes"]:
+        model, now = loaded(request["folder"], getattr(torch, name))
+        corrected |= now
+        ids = torch.tensor([request["tokens"]])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits
+            if request["adapter"]:
+                from peft import PeftModel  # after a pass: compressed-tensors makes plain linears in the first one
+
+                logits = PeftModel.from_pretrained(model, request["adapter"])(input_ids=ids).logits
+        found.append(logits[0].float().numpy())
+        del model
+    assert request["own"] or not any(name.partition(".")[0] == "qpruner" for name in sys.modules)
+    names = [name for name in ("transformers", "compressed_tensors") if name in sys.modules]
+    head = {
+        "shape": found[0].shape, "corrected": corrected, "versions": {n: sys.modules[n].__version__ for n in names}
+    }  # fmt: skip
+    sys.stdout.buffer.write(json.dumps(head).encode() + b"\n" + b"".join(array.tobytes() for array in found))
+
+
+def loaded(folder: str, dtype):
+    """The model, and whether compressed-tensors had to be corrected for it."""
+    from transformers import AutoModelForCausalLM
+
+    load = lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    try:
+        return load(), False
+    except RuntimeError:
+        if not zero_points_in(folder) or not importlib.util.find_spec("compressed_tensors"):
+            raise
+    expect_packed_zeros()
+    return load(), True
+
+
+def zero_points_in(folder: str) -> bool:
+    config = json.loads((Path(folder) / "config.json").read_text()).get("quantization_config", {})
+    return not all(group["weights"]["symmetric"] for group in config.get("config_groups", {}).values())
+
+
+def expect_packed_zeros() -> None:
+    """Of a model without weights compressed-tensors 0.18 to 0.20 packs the codes and not the zero points, so that it
+    does not take the zero points that it packs itself."""
+    import torch
+    from compressed_tensors.compressors import BaseCompressor
+
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    packed = compressor.compress
+
+    def compress(state, scheme):
+        found = packed(state, scheme)
+        zeros = found.get("weight_zero_point")
+        if zeros is not None and zeros.dtype != torch.int32:
+            shape = math.ceil(zeros.shape[0] * scheme.weights.num_bits / 32), zeros.shape[1]
+            found["weight_zero_point"] = torch.empty(shape, dtype=torch.int32, device=zeros.device)
+        return found
+
+    compressor.compress = staticmethod(compress)
+
+
+if __name__ == "__main__":
+    main()
