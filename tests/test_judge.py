@@ -10,9 +10,9 @@ from tiny_folder import save, tiny_model
 from torch.nn import functional as F
 
 from qpruner.errors import CorpusError
-from qpruner.judge import loss as loss_module
-from qpruner.judge import speed
-from qpruner.judge.loss import evaluate_loss, kl_from_logprobs, kl_to, paired_difference, reference_logprobs
+from qpruner.judge import predictions, speed
+from qpruner.judge.divergence import kl_from_logprobs, kl_to, reference_logprobs
+from qpruner.judge.loss import evaluate_loss, paired_difference
 from qpruner.model.corpus import Windows, bundled_corpus, read_corpus, token_windows
 from qpruner.model.load import inspect_source, load_model, load_tokenizer
 
@@ -63,7 +63,7 @@ def test_the_loss_is_the_mean_cross_entropy(model, windows):
 @pytest.mark.parametrize("batch_size, chunk", [(1, 1), (2, 259 * 3), (4, 10**9)])
 def test_neither_batch_size_nor_chunks_matter(model, other, windows, batch_size, chunk, monkeypatch):
     whole, distance = evaluate_loss(model, windows, batch_size=6), kl_to(model, other, windows, batch_size=6)
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(predictions, "CHUNK_ELEMENTS", chunk)
     report = evaluate_loss(model, windows, batch_size=batch_size)
     assert report.window_losses == pytest.approx(whole.window_losses, abs=1e-12)
     again = kl_to(model, other, windows, batch_size=batch_size)
@@ -106,7 +106,10 @@ def test_one_window_has_no_standard_error(model, windows):
 
 def test_the_report_carries_its_protocol(model, windows):
     content = evaluate_loss(model, windows).to_dict()
-    assert {"loss", "standard_error", "perplexity", "bits_per_byte", "n_tokens", "protocol"} == set(content)
+    numbers = {"loss", "perplexity", "bits_per_byte"}
+    errors = {"standard_error", "perplexity_standard_error", "bits_per_byte_standard_error"}
+    assert numbers | errors | {"standard_error_by", "n_tokens", "protocol"} == set(content)
+    assert content["standard_error_by"] == "bootstrap of 6 windows"
     assert content["protocol"]["window"] == 12 and content["protocol"]["stride"] == 11
     assert content["protocol"]["first_token"] == "bos"
     plain = dataclasses.replace(windows, first_token="text", seed=3)

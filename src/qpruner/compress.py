@@ -25,6 +25,7 @@ from qpruner.do.recover import train_adapters_
 from qpruner.do.streamed import LayerByLayer
 from qpruner.drafting import Drafted, completed, drafted
 from qpruner.job import Job, unfinished
+from qpruner.judge import divergence
 from qpruner.judge import loss as judge
 from qpruner.judging import judge_artifact, judge_original
 from qpruner.model import adapters, cost, load
@@ -108,7 +109,7 @@ def _best_of(job: Job, first: Drafted) -> Drafted:
             )
             judged = judge.Streamed(stream, Scratch(place / "states"), job.progress("judging finalists"))
             original = judge.Streamed(job.original(), Scratch(place / "original"))
-            kl = judge.kl_to(judged, original, windows, batch_size=job.batch).kl
+            kl = divergence.kl_to(judged, original, windows, batch_size=job.batch).kl
         shutil.rmtree(place)
         return kl
 

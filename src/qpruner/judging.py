@@ -4,6 +4,7 @@ from pathlib import Path
 
 from qpruner.artifact.opened import open_stream
 from qpruner.job import Job
+from qpruner.judge import divergence as divergence_of
 from qpruner.judge import loss as judge
 from qpruner.judge.speed import measure_in_fresh_process
 from qpruner.model import checkpoint, load, memory
@@ -41,7 +42,7 @@ def judge_artifact(job: Job, folder: Path) -> dict:
 
         def divergence() -> dict:
             original = _judged(job, job.original(), theirs, "original")
-            return {"kl": judge.kl_to(artifact(), original, windows, batch_size=job.batch).to_dict()}
+            return {"kl": divergence_of.kl_to(artifact(), original, windows, batch_size=job.batch).to_dict()}
 
         judged = job.run.values("artifact", inputs, loss)
         if job.measure_kl:
