@@ -27,7 +27,7 @@ from qpruner.drafting import Drafted, completed, drafted
 from qpruner.job import Job, unfinished
 from qpruner.judge import divergence
 from qpruner.judge import loss as judge
-from qpruner.judging import judge_artifact, judge_original
+from qpruner.judging import judge_artifact, judge_original, judge_speed
 from qpruner.model import adapters, cost, load
 from qpruner.model.scratch import Scratch
 from qpruner.plan import Plan
@@ -76,7 +76,8 @@ def carry_out(job: Job, draft: Callable[[Job], Drafted] = drafted) -> tuple[Prep
     folder, size = unfinished(prepared.output), job.shape.size(decided.plan)
     on_disk = save.weight_bytes(folder)
     assert on_disk == size.total, f"{on_disk} bytes on disk, {size.total} predicted"
-    artifact = judge_artifact(job, folder)
+    artifact, speeds = judge_artifact(job, folder), judge_speed(job, folder)
+    original, artifact = original | speeds.get("original", {}), artifact | speeds.get("artifact", {})
     shutil.rmtree(job.run.folder / FINALISTS, ignore_errors=True)
     shutil.rmtree(job.passes, ignore_errors=True)  # with what earlier requests may have left unfinished
     return prepared, decided, Measured(original, artifact, done, reconstruction, size, on_disk)

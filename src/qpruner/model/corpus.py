@@ -55,13 +55,14 @@ class Corpus:
         return sum(len(_utf8(document)) for document in self.documents)
 
 
-def read_corpus(path: str | Path, role: Role) -> Corpus:
+def read_corpus(path: str | Path, role: Role, *, blank: bool = False) -> Corpus:
     """The documents of a `.txt`, `.jsonl`, `.jsonl.gz` or `.parquet` file; see `texts.read_documents`.
 
     Rows are separate documents and get an end-of-sequence token each; a plain text is one running text without.
+    Blank rows are left out unless they are asked for.
     """
     path = Path(path).expanduser()
-    documents = read_documents(path)
+    documents = read_documents(path, blank=blank)
     prompts = tuple(document.prompt for document in documents)
     return Corpus(
         path.name, role, tuple(document.text for document in documents),
