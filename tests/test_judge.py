@@ -10,7 +10,7 @@ from tiny_folder import save, tiny_model
 from torch.nn import functional as F
 
 from qpruner.errors import CorpusError
-from qpruner.judge import predictions, speed
+from qpruner.judge import predictions, speed, turns
 from qpruner.judge.divergence import kl_from_logprobs, kl_to, reference_logprobs
 from qpruner.judge.loss import evaluate_loss, paired_difference
 from qpruner.model.corpus import Windows, bundled_corpus, read_corpus, token_windows
@@ -224,6 +224,7 @@ def test_a_fresh_process_measures_a_saved_model(tmp_path):
     assert report.peak_bytes > report.tensor_bytes
     assert (report.threads, report.prompt_tokens, report.new_tokens, report.dtype) == (1, 32, 32, "float32")
     assert report.prefill_tokens_per_second > 0 and report.decode_tokens_per_second > 0
+    assert report.seconds_to_first_token == pytest.approx(32 / report.prefill_tokens_per_second, rel=0.5)
     assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
 
 
@@ -234,6 +235,28 @@ def test_a_prompt_fits_the_context(context, prompt, new, tmp_path, monkeypatch):
     report = speed.measure(folder, torch.float32)
     assert (report.prompt_tokens, report.new_tokens) == (prompt, new)
     assert (report.decode_tokens_per_second is None) == (new == 0)
+
+
+def test_models_are_timed_in_turn(monkeypatch, tmp_path):
+    """The machine loses a tenth of its speed with every measurement; ratios within a round hardly see that."""
+    seen, speeds = [], {"a": 200.0, "b": 100.0}
+
+    def slower(folder, **how):
+        name = folder.name
+        rate = speeds[name] * 0.9 ** len(seen)
+        seen.append(name)
+        return speed.SpeedReport("float32", 1, 1.0, 10, 10, 10, 8, 4, rate, None, 8 / rate)
+
+    monkeypatch.setattr(turns, "measure_in_fresh_process", slower)
+    found = turns.in_turn({name: tmp_path / name for name in "ab"}, rounds=4)
+    assert "".join(seen) == "abbaabba" and found.rounds == 4
+    ratio = found.ratios("a", "b")
+    assert ratio["prefill_tokens_per_second"].ratio == pytest.approx(2, rel=0.02)
+    assert ratio["prefill_tokens_per_second"].low < 2 < ratio["prefill_tokens_per_second"].high
+    assert "decode_tokens_per_second" not in ratio, "there is none"
+    typical = found.typical("a")
+    assert typical["prefill_tokens_per_second_standard_error"] > 0
+    assert typical["decode_tokens_per_second_standard_error"] is None and typical["dtype"] == "float32"
 
 
 def test_shared_storage_counts_once():

@@ -286,7 +286,7 @@ def _rows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, cut: Cut, length: 
     found = Sequences.of(rows)
     protocol = replace(
         found.protocol, window=length, detokenised=cut.detokenised,
-        joined="prompts predicted too" if corpus.prompts else "not joined",
+        joined="prompts predicted too" if corpus.prompts else "",
     )  # fmt: skip
     covered = rows.covered_bytes
     if cut.detokenised:

@@ -67,7 +67,7 @@ class Protocol:
             overlap = self.stride < body
             said.append("new tokens alone predicted where windows overlap" if overlap else "no overlap")
         if self.joined is not None:
-            said.append(self.joined)
+            said += [self.joined] if self.joined else []
             said.append("detokenised" if self.detokenised else "raw text")
         if self.n_documents is not None and not self.alone:
             said.append(f"{self.n_documents} document{'' if self.n_documents == 1 else 's'}")
