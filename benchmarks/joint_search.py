@@ -34,7 +34,8 @@ from qpruner.job import Job, Places, unfinished
 from qpruner.joint.bench import Bench
 from qpruner.joint.past import FRONT, Past
 from qpruner.joint.stages import CONTROLS, Searched, _trials, searched
-from qpruner.judge.loss import Streamed, kl_to
+from qpruner.judge.divergence import kl_to
+from qpruner.judge.loss import Streamed
 from qpruner.math.pareto import hypervolume
 from qpruner.model import load
 from qpruner.model.scratch import Scratch

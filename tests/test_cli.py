@@ -52,6 +52,22 @@ def test_evaluate_prints_what_checks_rely_on(model, tmp_path):
     assert 0 < shown["loss"] < 10 and shown["n_tokens"] > 1000
 
 
+def test_evaluate_says_how_far_another_model_is(model, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"a story of {i} words, told in a row"}) + "\n" for i in range(12)))
+    words = ("evaluate", model, "--text", text, "--protocol", "rows", "--reference", model, "--speed", "--threads", "1")
+    found = qpruner(*words, "--json")
+    assert found.returncode == 0, found.stderr
+    shown = json.loads(found.stdout)
+    assert shown["kl"]["flips"] == 0 and shown["kl"]["top1_agreement"] == 1
+    assert "12 rows, each alone" in shown["protocol"] and shown["standard_error_by"] == "bootstrap of 12 rows"
+    assert shown["speed"]["ratios"]["decode_tokens_per_second"]["low"] > 0
+    from qpruner.report.terminal import evaluation_tables
+
+    tables = evaluation_tables(shown)
+    assert [len(table.rows) for table in tables] == [8, 6] and "12 rows" in tables[0].caption
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -61,6 +77,7 @@ def test_evaluate_prints_what_checks_rely_on(model, tmp_path):
         (["compress", "MODEL", "--budget", "50%", "-o", "out", "--recipe", "none"], "no recipe 'none'"),
         (["compress", "MODEL", "--budget", "50%", "-o", "out", "--calibration", "empty.txt"], "empty"),
         (["evaluate", "MODEL", "--text", "absent.txt"], "absent.txt"),
+        (["evaluate", "MODEL", "--protocol", "c4"], "no protocol 'c4'. Accepted: 'windows', 'wikitext2-2048'"),
         (["compress", "MODEL", "-o", "out"], "budget"),
     ],
 )

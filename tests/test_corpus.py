@@ -275,7 +275,7 @@ def test_a_prefix_that_is_too_short_is_lengthened(tokenizer):
 def test_a_prefix_gives_the_first_tokens_of_the_whole(tokenizer, enough):
     text = bundled_corpus("evaluation").documents[0]
     whole = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    tokens, complete = corpus_module._first_tokens(text, tokenizer, enough)
+    tokens, complete = corpus_module.first_tokens(text, tokenizer, enough)
     assert not complete and enough <= len(tokens.ids) < len(whole)
     assert tokens.ids.tolist() == whole[: len(tokens.ids)]
 

@@ -10,9 +10,9 @@ from tiny_folder import save, tiny_model
 from torch.nn import functional as F
 
 from qpruner.errors import CorpusError
-from qpruner.judge import loss as loss_module
-from qpruner.judge import speed
-from qpruner.judge.loss import evaluate_loss, kl_from_logprobs, kl_to, paired_difference, reference_logprobs
+from qpruner.judge import predictions, speed, turns
+from qpruner.judge.divergence import kl_from_logprobs, kl_to, reference_logprobs
+from qpruner.judge.loss import evaluate_loss, paired_difference
 from qpruner.model.corpus import Windows, bundled_corpus, read_corpus, token_windows
 from qpruner.model.load import inspect_source, load_model, load_tokenizer
 
@@ -63,7 +63,7 @@ def test_the_loss_is_the_mean_cross_entropy(model, windows):
 @pytest.mark.parametrize("batch_size, chunk", [(1, 1), (2, 259 * 3), (4, 10**9)])
 def test_neither_batch_size_nor_chunks_matter(model, other, windows, batch_size, chunk, monkeypatch):
     whole, distance = evaluate_loss(model, windows, batch_size=6), kl_to(model, other, windows, batch_size=6)
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(predictions, "CHUNK_ELEMENTS", chunk)
     report = evaluate_loss(model, windows, batch_size=batch_size)
     assert report.window_losses == pytest.approx(whole.window_losses, abs=1e-12)
     again = kl_to(model, other, windows, batch_size=batch_size)
@@ -106,7 +106,10 @@ def test_one_window_has_no_standard_error(model, windows):
 
 def test_the_report_carries_its_protocol(model, windows):
     content = evaluate_loss(model, windows).to_dict()
-    assert {"loss", "standard_error", "perplexity", "bits_per_byte", "n_tokens", "protocol"} == set(content)
+    numbers = {"loss", "perplexity", "bits_per_byte"}
+    errors = {"standard_error", "perplexity_standard_error", "bits_per_byte_standard_error"}
+    assert numbers | errors | {"standard_error_by", "n_tokens", "protocol"} == set(content)
+    assert content["standard_error_by"] == "bootstrap of 6 windows"
     assert content["protocol"]["window"] == 12 and content["protocol"]["stride"] == 11
     assert content["protocol"]["first_token"] == "bos"
     plain = dataclasses.replace(windows, first_token="text", seed=3)
@@ -221,6 +224,7 @@ def test_a_fresh_process_measures_a_saved_model(tmp_path):
     assert report.peak_bytes > report.tensor_bytes
     assert (report.threads, report.prompt_tokens, report.new_tokens, report.dtype) == (1, 32, 32, "float32")
     assert report.prefill_tokens_per_second > 0 and report.decode_tokens_per_second > 0
+    assert report.seconds_to_first_token == pytest.approx(32 / report.prefill_tokens_per_second, rel=0.5)
     assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
 
 
@@ -231,6 +235,28 @@ def test_a_prompt_fits_the_context(context, prompt, new, tmp_path, monkeypatch):
     report = speed.measure(folder, torch.float32)
     assert (report.prompt_tokens, report.new_tokens) == (prompt, new)
     assert (report.decode_tokens_per_second is None) == (new == 0)
+
+
+def test_models_are_timed_in_turn(monkeypatch, tmp_path):
+    """The machine loses a tenth of its speed with every measurement; ratios within a round hardly see that."""
+    seen, speeds = [], {"a": 200.0, "b": 100.0}
+
+    def slower(folder, **how):
+        name = folder.name
+        rate = speeds[name] * 0.9 ** len(seen)
+        seen.append(name)
+        return speed.SpeedReport("float32", 1, 1.0, 10, 10, 10, 8, 4, rate, None, 8 / rate)
+
+    monkeypatch.setattr(turns, "measure_in_fresh_process", slower)
+    found = turns.in_turn({name: tmp_path / name for name in "ab"}, rounds=4)
+    assert "".join(seen) == "abbaabba" and found.rounds == 4
+    ratio = found.ratios("a", "b")
+    assert ratio["prefill_tokens_per_second"].ratio == pytest.approx(2, rel=0.02)
+    assert ratio["prefill_tokens_per_second"].low < 2 < ratio["prefill_tokens_per_second"].high
+    assert "decode_tokens_per_second" not in ratio, "there is none"
+    typical = found.typical("a")
+    assert typical["prefill_tokens_per_second_standard_error"] > 0
+    assert typical["decode_tokens_per_second_standard_error"] is None and typical["dtype"] == "float32"
 
 
 def test_shared_storage_counts_once():

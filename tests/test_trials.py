@@ -7,7 +7,7 @@ from tiny_trials import INT3, INT8, Bench
 
 from qpruner.errors import RecipeError
 from qpruner.joint.trials import Observed, hopeless
-from qpruner.judge.loss import kl_to
+from qpruner.judge.divergence import kl_to
 from qpruner.model.corpus import Windows
 from qpruner.model.packed.linear import PackedLinear
 from qpruner.model.packed.split import Quantized

@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qpruner.facts import machine
-from qpruner.judge.loss import LossReport, Protocol, evaluate_loss, paired_difference
+from qpruner.judge.loss import evaluate_loss, mean_difference
 from qpruner.model.corpus import Windows
 
 HERE = Path(__file__).resolve().parent
@@ -75,22 +76,14 @@ def targets_of(inputs: Path, shares: list[float]) -> dict[float, int]:
     return {share: int(sizes.dense_bytes * share / 100) for share in shares}
 
 
-def judge(folder: Path, windows: Windows, kept: Path) -> LossReport:
-    """The loss of a dense folder; window losses are kept, since weights of a finished cell do not change."""
+def judge(folder: Path, windows: Windows, kept: Path) -> tuple[float, ...]:
+    """Window losses of a dense folder; they are kept, since weights of a finished cell do not change."""
     if kept.exists():
-        means = torch.tensor(json.loads(kept.read_text()), dtype=torch.float64)
-        return evaluated(means, windows)
+        return tuple(json.loads(kept.read_text()))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    report = evaluate_loss(model, windows)
-    kept.write_text(json.dumps(report.window_losses))
-    return report
-
-
-def evaluated(means: torch.Tensor, windows: Windows) -> LossReport:
-    """The report that these window losses came from; bits per byte are not kept."""
-    loss, error = means.mean().item(), means.std(correction=1).item() / len(means) ** 0.5
-    n_tokens, protocol = windows.n_tokens_predicted, Protocol.of(windows)
-    return LossReport(loss, error, float("nan"), n_tokens, protocol, tuple(means.tolist()))
+    losses = evaluate_loss(model, windows).window_losses
+    kept.write_text(json.dumps(losses))
+    return losses
 
 
 def rows_of(model: str, inputs: Path, out: Path) -> list[dict]:
@@ -102,10 +95,11 @@ def rows_of(model: str, inputs: Path, out: Path) -> list[dict]:
     rows = []
     for found in sorted(out.glob(f"cells/{Path(model).name}/*/peer.json")):
         cell = json.loads(found.read_text())
-        increase, error = paired_difference(judge(found.parent, windows, found.parent / "losses.json"), dense)
+        increase, error = mean_difference(judge(found.parent, windows, found.parent / "losses.json"), dense)
         rows.append(
             {
-                "model": Path(model).name, "dense": dense.loss, "increase": increase, "standard_error": error, **cell,
+                "model": Path(model).name, "dense": statistics.fmean(dense), "increase": increase,
+                "standard_error": error, **cell,
                 "bits_per_weight": cell["stored_bytes"] * 8 / facts["n_weights"],
                 "share": share_of(found.parent.name),
             }

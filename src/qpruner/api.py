@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +14,15 @@ from qpruner.decide import widths
 from qpruner.errors import BudgetError, MemoryLimitError, OutputError
 from qpruner.files import write_text
 from qpruner.joint.points import counts_for
-from qpruner.judge import loss as judge
-from qpruner.model import corpus, cost, load, memory
-from qpruner.model.scratch import Scratch
+from qpruner.judge.protocols import Cut
+from qpruner.model import cost, load
 from qpruner.plan import Budget
-from qpruner.prepare import Prepared, bytes_of, check_output, limit_of, prepare, require_weights
+from qpruner.prepare import Prepared, check_output, limit_of, prepare, require_weights
 from qpruner.progress import OnProgress, silent
 from qpruner.recipe import Recipe
 from qpruner.report.facts import Facts
 from qpruner.run import Run, digest_of
-from qpruner.shape import any_layers, evaluation_batch, forecast_for, shape_of
+from qpruner.shape import any_layers, forecast_for, shape_of
 from qpruner.study import study as run_study
 
 if TYPE_CHECKING:
@@ -324,9 +322,15 @@ def evaluate(
     model: str,
     *,
     text: str | Path | None = None,
-    window: int = 512,
+    protocol: str = "windows",
+    window: int | None = None,
+    stride: int | None = None,
     windows: int | None = None,
+    tokens: int | None = None,
+    detokenised: bool = False,
     reference: str | None = None,
+    speed: bool = False,
+    threads: int | None = None,
     memory_limit: str | None = None,
     trust_remote_code: bool = False,
     on_progress: OnProgress = silent,
@@ -335,37 +339,25 @@ def evaluate(
 
     Args:
         text: a file; by default the held-out modules of Python's standard library, in full.
-        window: tokens per window, cut to the model's context; windows do not overlap.
-        windows: at most this many, from the start.
-        reference: another model, for the KL divergence to it.
+        protocol: how the text is cut, by a name of `qpruner.judge.protocols`: `windows`, `wikitext2-2048`,
+            `llm-pruner-128` or `rows`.
+        window, stride: tokens, in place of the protocol's own; a window is cut to the model's context. With a stride
+            below the window, windows overlap and predict only what is new in them.
+        windows, tokens: at most so many windows (rows) or predicted tokens, from the start.
+        detokenised: undo WikiText's tokeniser first.
+        reference: another model, for the KL divergence to it, agreement with it, and tokens on which it was right.
+        speed: also tokens per second and memory, each model in fresh processes and in turn with the reference.
+        threads: of torch, for the speed.
         memory_limit: as for `compress`.
         trust_remote_code: let Python code that came with either model run.
     """
-    from qpruner.artifact.opened import open_stream
+    from qpruner import evaluating
 
-    source = load.inspect_source(model, trust_remote_code=trust_remote_code)
-    require_weights(source)
-    tokenizer = load.load_tokenizer(source)
-    held_out = corpus.read_corpus(Path(text), "evaluation") if text else corpus.bundled_corpus("evaluation")
-    length = min(window, source.context_length or window)
-    cut = corpus.token_windows(held_out, tokenizer, length=length, n_windows=windows, fewest=1)
-    batch = evaluation_batch(length, source.original.get_text_config(decoder=True).vocab_size)
-    limit = None if memory_limit is None else bytes_of(memory_limit)
-    with tempfile.TemporaryDirectory() as place:
-
-        def judged(of: load.Source, name: str) -> judge.Streamed:
-            resident = memory.fits(of.tensors, limit)
-            show = lambda done, total, pace: on_progress(name, done, total, str(pace))
-            scratch = Scratch(None if resident else Path(place) / name)
-            return judge.Streamed(open_stream(of, resident=resident), scratch, show)
-
-        ours = judged(source, "evaluating")
-        report = judge.evaluate_loss(ours, cut, batch_size=batch)
-        found = {"model": source.name, "text": held_out.name, **report.to_dict(), "protocol": str(report.protocol)}
-        if reference is not None:
-            theirs = judged(load.inspect_source(reference, trust_remote_code=trust_remote_code), "reference")
-            found["kl"] = judge.kl_to(ours, theirs, cut, batch_size=batch).to_dict()
-    return found
+    cut = Cut(protocol, window, stride, windows, tokens, detokenised)
+    return evaluating.evaluate(
+        model, text=text, cut=cut, reference=reference, speed=speed, threads=threads, memory_limit=memory_limit,
+        trust_remote_code=trust_remote_code, on_progress=on_progress,
+    )  # fmt: skip
 
 
 def support(

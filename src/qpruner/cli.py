@@ -234,9 +234,25 @@ def support(
 def evaluate(
     model: Annotated[str, typer.Argument(help=MODEL_HELP + " Artifacts of qpruner too.")],
     text: Annotated[Path | None, typer.Option(help="Text to judge on; default: the bundled held-out modules.")] = None,
-    window: Annotated[int, typer.Option(min=8, help="Tokens per window, no overlap.")] = 512,
+    protocol: Annotated[
+        str, typer.Option(help="How the text is cut: windows, wikitext2-2048, llm-pruner-128 or rows (each alone).")
+    ] = "windows",
+    window: Annotated[int | None, typer.Option(min=8, help="Tokens per window, in place of the protocol's.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Tokens between two windows; fewer than a window make them overlap.")
+    ] = None,
     windows: Annotated[int | None, typer.Option(min=2, help="At most this many windows, from the start.")] = None,
-    reference: Annotated[str | None, typer.Option(help="Also the KL divergence to this model.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="At most this many predicted tokens.")] = None,
+    detokenised: Annotated[
+        bool, typer.Option("--detokenised", help="Undo WikiText's tokeniser first; bits per byte stay of the text.")
+    ] = False,
+    reference: Annotated[
+        str | None, typer.Option(help="Also how far the predictions are from this model's: KL, agreement, flips.")
+    ] = None,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Also tokens per second and memory, in turn with the reference.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads for --speed. Default: torch's choice.")] = None,
     memory_limit: MemoryLimit = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
@@ -247,15 +263,17 @@ def evaluate(
 
     with bars() as on_progress:
         found = api.evaluate(
-            model, text=text, window=window, windows=windows, reference=reference, memory_limit=memory_limit,
+            model, text=text, protocol=protocol, window=window, stride=stride, windows=windows, tokens=tokens,
+            detokenised=detokenised, reference=reference, speed=speed, threads=threads, memory_limit=memory_limit,
             trust_remote_code=trust_remote_code, on_progress=on_progress,
         )  # fmt: skip
     if as_json:
         _print_json(found)
     else:
-        from qpruner.report.terminal import mapping_table
+        from qpruner.report.terminal import evaluation_tables
 
-        _print(mapping_table(found))
+        for table in evaluation_tables(found):
+            _print(table)
 
 
 @app.command()

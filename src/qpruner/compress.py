@@ -25,8 +25,9 @@ from qpruner.do.recover import Trained, taught_layers
 from qpruner.do.streamed import LayerByLayer
 from qpruner.drafting import Drafted, completed, drafted
 from qpruner.job import Job, unfinished
+from qpruner.judge import divergence
 from qpruner.judge import loss as judge
-from qpruner.judging import judge_artifact, judge_original
+from qpruner.judging import judge_artifact, judge_original, judge_speed
 from qpruner.merging import Merging, merged_or_beside
 from qpruner.model import cost, load
 from qpruner.model.scratch import Scratch
@@ -81,8 +82,9 @@ def carry_out(job: Job, draft: Callable[[Job], Drafted] = drafted) -> tuple[Prep
     folder, size = unfinished(prepared.output), job.shape.size(decided.plan)
     on_disk = save.weight_bytes(folder)
     assert on_disk == size.total, f"{on_disk} bytes on disk, {size.total} predicted"
-    artifact = judge_artifact(job, folder)
-    losses.shipped(job, folder, decided.plan, trained=bool(done.loss_curve))
+    artifact, speeds = judge_artifact(job, folder), judge_speed(job, folder)
+    original, artifact = original | speeds.get("original", {}), artifact | speeds.get("artifact", {})
+    losses.shipped(job, folder, decided.plan, trained=bool(done.trained.curve))
     shutil.rmtree(job.run.folder / FINALISTS, ignore_errors=True)
     shutil.rmtree(job.passes, ignore_errors=True)  # with what earlier requests may have left unfinished
     return prepared, decided, Measured(original, artifact, done, reconstruction, size, on_disk, losses.rows)
@@ -115,7 +117,7 @@ def _best_of(job: Job, first: Drafted) -> Drafted:
             )
             judged = judge.Streamed(stream, Scratch(place / "states"), job.progress("judging finalists"))
             original = judge.Streamed(job.original(), Scratch(place / "original"))
-            kl = judge.kl_to(judged, original, windows, batch_size=job.batch).kl
+            kl = divergence.kl_to(judged, original, windows, batch_size=job.batch).kl
         shutil.rmtree(place)
         return kl
 

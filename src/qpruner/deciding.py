@@ -22,6 +22,7 @@ from qpruner.do.quantize import Candidates
 from qpruner.files import write_text
 from qpruner.job import Job
 from qpruner.judge import loss as judge
+from qpruner.judge.divergence import kl_from_logprobs, reference_logprobs
 from qpruner.model import cost
 from qpruner.plan import Plan, QuantSpec
 from qpruner.refitting import reconstructed_on_trial
@@ -207,11 +208,11 @@ def _sensitivity(job: Job, model, candidates, kept) -> list[list[float]]:
     windows = job.prepared.search.first(max(1, len(job.prepared.search.ids) // SENSITIVITY_PART))
 
     def compute() -> list[list[float]]:
-        reference = judge.reference_logprobs(model, windows)
+        reference = reference_logprobs(model, windows)
 
         def divergence(bits: dict[str, int]) -> float:
             candidates.put_({name: job.recipe.spec(bits.get(name, 16)) for name in job.graph.linears})
-            return judge.kl_from_logprobs(model, windows, reference).kl
+            return kl_from_logprobs(model, windows, reference).kl
 
         return measure_sensitivity(units_of(job), job.recipe.bits, divergence, job.progress("sensitivity"))
 

@@ -95,9 +95,7 @@ def facts_of(
         memory=used,
         stages=tuple(report.Stage(name=name, seconds=s) for name, s in seconds.items()),
         warnings=warnings(prepared, decided, measured),
-        notes=tuple(
-            n for n in (prepared.texts.note, layers_gone(prepared), *prepared.shape.graph.notes, str(used)) if n
-        ),
+        notes=tuple(n for n in (*said_before(prepared), pace(measured), str(used)) if n),
         loads_in=loads_in,
         snippet=snippet,
     )
@@ -105,16 +103,20 @@ def facts_of(
 
 def metrics(prepared: Prepared, measured: Measured) -> tuple[report.Metric, ...]:
     before, after = measured.original, measured.artifact
+    with_error = lambda key: (key, f"{key}_standard_error")
     rows = [
         ("loss", "nats/token", "loss", "loss", "standard_error", LOWER),
         ("perplexity", "", "loss", "perplexity", "perplexity_standard_error", LOWER),
-        ("bits per byte", "bits", "loss", "bits_per_byte", None, LOWER),
+        ("bits per byte", "bits", "loss", "bits_per_byte", "bits_per_byte_standard_error", LOWER),
         ("KL to the original", "nats/token", "kl", "kl", "standard_error", LOWER),
-        ("top-1 agreement", "fraction", "kl", "top1_agreement", None, HIGHER),
+        ("top-1 agreement", "fraction", "kl", "top1_agreement", "top1_agreement_standard_error", HIGHER),
+        ("right tokens now wrong", "fraction", "kl", "right_to_wrong", "right_to_wrong_standard_error", LOWER),
+        ("wrong tokens now right", "fraction", "kl", "wrong_to_right", "wrong_to_right_standard_error", HIGHER),
         ("tensor bytes in memory", "bytes", "speed", "tensor_bytes", None, LOWER),
         ("peak memory", "bytes", "speed", "peak_bytes", None, LOWER),
-        ("prefill", "tokens/s", "speed", "prefill_tokens_per_second", None, HIGHER),
-        ("decode", "tokens/s", "speed", "decode_tokens_per_second", None, HIGHER),
+        ("prefill", "tokens/s", "speed", *with_error("prefill_tokens_per_second"), HIGHER),
+        ("decode", "tokens/s", "speed", *with_error("decode_tokens_per_second"), HIGHER),
+        ("time to first token", "s", "speed", *with_error("seconds_to_first_token"), LOWER),
     ]
     found = [
         report.Metric(
@@ -129,7 +131,26 @@ def metrics(prepared: Prepared, measured: Measured) -> tuple[report.Metric, ...]
         name="bytes on disk", unit="bytes", before=prepared.shape.source.bytes_16bit, after=measured.on_disk,
         higher_is_better=LOWER,
     )  # fmt: skip
-    return (*found[:5], disk, *found[5:])
+    return (*found[:7], disk, *found[7:])
+
+
+def said_before(prepared: Prepared) -> tuple[str | None, ...]:
+    return prepared.texts.note, layers_gone(prepared), *prepared.shape.graph.notes
+
+
+def pace(measured: Measured) -> str | None:
+    """How much faster or slower the artifact is, as a sentence."""
+    ratios = measured.artifact.get("speed", {}).get("ratios")
+    if not ratios:
+        return None
+    shown = {"prefill": "prefill_tokens_per_second", "decoding": "decode_tokens_per_second"}
+    said = [
+        f"{name} {ratios[key]['ratio']:.2f} times as fast ({ratios[key]['low']:.2f} to {ratios[key]['high']:.2f})"
+        for name, key in shown.items()
+        if key in ratios
+    ]
+    rounds = measured.artifact["speed"]["rounds"]
+    return f"Speed against the original, in turn, {rounds} rounds of fresh processes: {', '.join(said)}."
 
 
 def damage(prepared: Prepared, measured: Measured, tolerance: float) -> Damage:

@@ -1,17 +1,21 @@
 """The stages of a run that judge: the original, and the written artifact."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 from qpruner.artifact.loader import ADAPTER
 from qpruner.artifact.opened import open_stream
 from qpruner.files import file_digest
 from qpruner.job import Job
+from qpruner.judge import divergence as divergence_of
 from qpruner.judge import loss as judge
-from qpruner.judge.speed import measure_in_fresh_process
+from qpruner.judge.turns import in_turn
 from qpruner.model import checkpoint, load, memory
 from qpruner.model.scratch import Scratch
 from qpruner.model.whole import Streamable
 from qpruner.run import digest_of
+
+ROUNDS = 2  # in which speeds are measured
 
 
 def judge_original(job: Job) -> dict:
@@ -24,7 +28,7 @@ def judge_original(job: Job) -> dict:
             return {"loss": loss_values(judge.evaluate_loss(judged, windows, batch_size=job.batch))}
 
         judged = job.run.values("original", inputs, compute)
-    return judged | _speed(job, "original", job.shape.source.folder, job.prepared.weights_digest)
+    return judged
 
 
 def judge_artifact(job: Job, folder: Path) -> dict:
@@ -46,36 +50,47 @@ def judge_artifact(job: Job, folder: Path) -> dict:
 
         def divergence() -> dict:
             original = _judged(job, job.original(), theirs, "original")
-            return {"kl": judge.kl_to(artifact(), original, windows, batch_size=job.batch).to_dict()}
+            return {"kl": divergence_of.kl_to(artifact(), original, windows, batch_size=job.batch).to_dict()}
 
         judged = job.run.values("artifact", inputs, loss)
         if job.measure_kl:
             judged |= job.run.values("divergence", inputs, divergence)
-    return judged | _speed(job, "artifact", folder, weights)
+    return judged
 
 
 def _judged(job: Job, stream: Streamable, scratch: Scratch, which: str) -> judge.Streamed:
     return judge.Streamed(stream, scratch, job.progress(f"judging the {which}"))
 
 
-def _speed(job: Job, which: str, folder: Path, weights: str) -> dict:
-    """Memory and tokens per second, in a process of its own; nothing if not asked for, or where it does not fit."""
+def judge_speed(job: Job, folder: Path) -> dict[str, dict]:
+    """Memory and tokens per second of the `original` and the `artifact`, in turn, each time in a process of its own.
+
+    Of those that fit in memory; nothing if not asked for. The artifact's has its ratios to the original's.
+    """
     trust = {"trust_remote_code": job.shape.source.trust_remote_code}
-    tensors = load.inspect_source(str(folder), **trust).tensors
-    if not job.measure_speed or not memory.fits(tensors, job.prepared.forecast.limit):
+    folders = {"original": job.shape.source.folder, "artifact": folder}
+    fits = lambda place: memory.fits(load.inspect_source(str(place), **trust).tensors, job.prepared.forecast.limit)
+    folders = {name: place for name, place in folders.items() if job.measure_speed and fits(place)}
+    if not folders:
         return {}
-    job.on_progress(f"speed of the {which}", 0, 1)
-    measured = job.run.values(
-        f"{which}-speed", {"weights": weights}, lambda: measure_in_fresh_process(folder, **trust).to_dict()
-    )
-    job.on_progress(f"speed of the {which}", 1, 1)
-    return {"speed": measured}
+
+    def compute() -> dict:
+        job.on_progress("speed", 0, ROUNDS)
+        show = lambda done, total: job.on_progress("speed", done, total)
+        turns = in_turn(folders, rounds=ROUNDS, on_round=show, **trust)
+        found = {name: {"speed": turns.typical(name) | {"rounds": turns.rounds}} for name in folders}
+        if len(folders) > 1:
+            ratios = turns.ratios("artifact", "original")
+            found["artifact"]["speed"]["ratios"] = {key: asdict(ratio) for key, ratio in ratios.items()}
+        return found
+
+    weights = {name: checkpoint.weights_digest(place) for name, place in folders.items()}
+    return job.run.values("speed", {"weights": weights, "rounds": ROUNDS}, compute)
 
 
 def loss_values(report: judge.LossReport) -> dict:
     return {
         **report.to_dict(),
-        "perplexity_standard_error": report.perplexity * report.standard_error,
         "protocol": str(report.protocol),
         "window_losses": report.window_losses,
     }

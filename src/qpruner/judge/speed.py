@@ -38,6 +38,7 @@ class SpeedReport:
     resident_bytes: memory the process gained by loading. tensor_bytes: parameters and buffers, shared ones once.
     peak_bytes: the most the whole process held, Python and torch included. Rates are medians in tokens per second, for
     one sequence; `decode_tokens_per_second` is None where the context leaves no room for a new token.
+    seconds_to_first_token: from a prompt to the choice of the first new token, the median too.
     """
 
     dtype: str
@@ -50,6 +51,7 @@ class SpeedReport:
     new_tokens: int
     prefill_tokens_per_second: float
     decode_tokens_per_second: float | None
+    seconds_to_first_token: float
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -85,7 +87,7 @@ def measure(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False
     context = context_length(model.config) or PROMPT_TOKENS + NEW_TOKENS
     new = min(NEW_TOKENS, context // 2)
     ids = torch.randint(0, model.get_input_embeddings().num_embeddings, (1, max(1, min(PROMPT_TOKENS, context - new))))
-    prefill, decode = _rates(model, ids, new)
+    prefill, decode, first = _rates(model, ids, new)
     return SpeedReport(
         dtype=str(dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
@@ -97,28 +99,33 @@ def measure(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False
         new_tokens=new,
         prefill_tokens_per_second=prefill,
         decode_tokens_per_second=decode,
+        seconds_to_first_token=first,
     )
 
 
-def _rates(model: nn.Module, ids: torch.Tensor, new: int) -> tuple[float, float | None]:
-    """Median tokens per second over the prompt, and one by one after it, always taking the likeliest token."""
-    prefill, decode = [], []
+def _rates(model: nn.Module, ids: torch.Tensor, new: int) -> tuple[float, float | None, float]:
+    """Median tokens per second over the prompt, and one by one after it, always taking the likeliest token; and the
+    median seconds until the first was chosen."""
+    prefill, decode, first = [], [], []
     begin = None  # the first round warms up and is not counted
     while begin is None or not prefill or (time.perf_counter() - begin < SECONDS and len(prefill) < 20):
         with torch.inference_mode():
             start = time.perf_counter()
             out = model(input_ids=ids, use_cache=True)
             middle = time.perf_counter()
+            token = out.logits[:, -1:].argmax(-1)
+            chosen = time.perf_counter()
             for _ in range(new):
-                token = out.logits[:, -1:].argmax(-1)
                 out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+                token = out.logits[:, -1:].argmax(-1)
             end = time.perf_counter()
         if begin is None:
             begin = time.perf_counter()
             continue
         prefill.append(ids.shape[1] / (middle - start))
-        decode.append(new / (end - middle))
-    return statistics.median(prefill), statistics.median(decode) if new else None
+        decode.append(new / (end - chosen))
+        first.append(chosen - start)
+    return statistics.median(prefill), statistics.median(decode) if new else None, statistics.median(first)
 
 
 def tensor_bytes(model: nn.Module) -> int:

@@ -61,13 +61,14 @@ class Corpus:
         return ngrams_of(self.documents)
 
 
-def read_corpus(path: str | Path, role: Role) -> Corpus:
+def read_corpus(path: str | Path, role: Role, *, blank: bool = False) -> Corpus:
     """The documents of a `.txt`, `.jsonl`, `.jsonl.gz` or `.parquet` file; see `texts.read_documents`.
 
     Rows are separate documents and get an end-of-sequence token each; a plain text is one running text without.
+    Blank rows are left out unless they are asked for.
     """
     path = Path(path).expanduser()
-    documents = read_documents(path)
+    documents = read_documents(path, blank=blank)
     prompts = tuple(document.prompt for document in documents)
     return Corpus(
         path.name, role, tuple(document.text for document in documents),
@@ -276,7 +277,7 @@ def _joined(
     end = tokenizer.eos_token_id if corpus.closing else None
     all_ids, all_sizes, count = [], [], 0
     for text, closed in parts:
-        tokens, whole = _first_tokens(text, tokenizer, None if needed is None else needed - count)
+        tokens, whole = first_tokens(text, tokenizer, None if needed is None else needed - count)
         all_ids.append(tokens.ids)
         all_sizes.append(np.diff(tokens.ends, prepend=0))
         count += len(tokens.ids)
@@ -299,7 +300,7 @@ def _cut(document: str) -> Iterator[tuple[str, bool]]:
     yield document[start:], True
 
 
-def _first_tokens(text: str, tokenizer: PreTrainedTokenizerBase, enough: int | None) -> tuple[Tokens, bool]:
+def first_tokens(text: str, tokenizer: PreTrainedTokenizerBase, enough: int | None) -> tuple[Tokens, bool]:
     """At least `enough` tokens from the start of the text, or all; and whether these are all.
 
     Only a prefix of a long text is tokenised. Its last tokens may differ from those of the whole text, so as much as

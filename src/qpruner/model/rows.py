@@ -6,6 +6,7 @@ model needs no attention mask for them.
 
 import random
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import BoolTensor, LongTensor
@@ -23,6 +24,7 @@ class Rows:
         it is filled up with.
     covered_bytes: per row, UTF-8 bytes of the text that its predicted tokens stand for.
     cut: rows that were longer than the model's context and lost their end.
+    first_token: `bos` where that token was put in front; `text` where it is part of the text, and not predicted.
     """
 
     ids: LongTensor
@@ -32,6 +34,7 @@ class Rows:
     corpus_digest: str
     cut: int = 0
     seed: int | None = None
+    first_token: Literal["bos", "text"] = "bos"
 
     def first(self, n: int) -> "Rows":
         """At most n of them, from the start."""
@@ -105,4 +108,5 @@ def rows_of(
         corpus_digest=corpus.digest,
         cut=n_cut,
         seed=seed,
+        first_token="text" if begin is None else "bos",
     )

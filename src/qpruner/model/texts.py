@@ -25,12 +25,14 @@ class Document(NamedTuple):
     prompt: int = 0
 
 
-def read_documents(path: Path) -> list[Document]:
+def read_documents(path: Path, *, blank: bool = False) -> list[Document]:
     """The documents of a file that hold more than blanks: a `.txt` is one, elsewhere every row is one.
 
     A row has its text in `text`, or is an instruction with its answer (`instruction`, `input`, `output`: the Alpaca
     template), or has one string and nothing else that is one.
 
+    Args:
+        blank: keep rows that hold nothing, where they are part of a text that is joined again; they come out empty.
     Raises:
         CorpusError: the file is absent, empty, unreadable, of another kind, or has no usable row.
         MissingExtraError: a parquet file, and pyarrow is not installed.
@@ -47,13 +49,13 @@ def read_documents(path: Path) -> list[Document]:
     if suffix == ".txt":
         documents = [Document(_decoded(_bytes(path), path))]
     elif suffix == ".parquet":
-        documents = _parquet_documents(path)
+        documents = list(_parquet_documents(path))
     else:
-        documents = _json_documents(path)
+        documents = list(_json_documents(path))
     usable = [document for document in documents if document.text.strip()]
     if not usable:
         raise CorpusError(f"{path} holds no text: every {'line' if suffix == '.txt' else 'row'} of it is blank.")
-    return usable
+    return [d if d.text.strip() else Document("") for d in documents] if blank else usable
 
 
 def _bytes(path: Path) -> bytes:

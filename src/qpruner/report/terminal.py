@@ -31,17 +31,71 @@ def _pattern(name: str, layer: int) -> str:
     return ".".join("*" if part == str(layer) else part for part in name.split("."))
 
 
-def mapping_table(found: dict) -> Table:
-    """One row per value; nested values are indented under their name."""
-    table = Table(show_header=False)
-    for key, value in found.items():
-        if isinstance(value, dict):
-            table.add_row(key, "")
-            for inner, number in value.items():
-                table.add_row(f"  {inner}", _text(number))
-        else:
-            table.add_row(key, _text(value))
+LOSS_ROWS = (
+    ("loss", "nats/token", "loss", "standard_error"),
+    ("perplexity", "", "perplexity", "perplexity_standard_error"),
+    ("bits per byte", "bits", "bits_per_byte", "bits_per_byte_standard_error"),
+)
+DISTANCE_ROWS = (
+    ("KL from the reference", "nats/token", "kl", "standard_error"),
+    ("same first choice", "%", "top1_agreement", "top1_agreement_standard_error"),
+    ("right tokens now wrong", "%", "right_to_wrong", "right_to_wrong_standard_error"),
+    ("wrong tokens now right", "%", "wrong_to_right", "wrong_to_right_standard_error"),
+    ("flips, of all tokens", "%", "flips", "flips_standard_error"),
+)
+SPEED_ROWS = (
+    ("prefill", "tokens/s", "prefill_tokens_per_second"),
+    ("decode", "tokens/s", "decode_tokens_per_second"),
+    ("time to first token", "s", "seconds_to_first_token"),
+    ("tensor bytes in memory", "bytes", "tensor_bytes"),
+    ("resident bytes of loading", "bytes", "resident_bytes"),
+    ("peak memory", "bytes", "peak_bytes"),
+)
+
+
+def evaluation_tables(found: dict) -> list[Table]:
+    """What a model loses on a text with standard errors, and its protocol; its speed in a table of its own."""
+    table = Table(title=escape(found["model"]), title_justify="left", caption_justify="left")
+    for name in ("measure", "unit", "value", "standard error"):
+        table.add_column(name, justify="right" if name in ("value", "standard error") else "left")
+    parts = [(LOSS_ROWS, found)] + ([(DISTANCE_ROWS, found["kl"])] if "kl" in found else [])
+    for rows, values in parts:
+        for name, unit, key, error in rows:
+            scale = 100 if unit == "%" else 1
+            table.add_row(name, unit, *(_decimal(values[k], scale) for k in (key, error)))
+    caption = f"{found['protocol']}\n{found['n_tokens']:,} tokens; standard errors: {found['standard_error_by']}"
+    table.caption = escape(caption + (f"\nreference: {found['kl']['reference']}" if "kl" in found else ""))
+    return [table, *([speed_table(found["speed"])] if "speed" in found else [])]
+
+
+def speed_table(found: dict) -> Table:
+    """Medians over rounds; the ratio to the reference with its smallest and largest."""
+    names = [name for name in ("model", "reference") if name in found]
+    head = ["speed", "unit", *names, *(["ratio (smallest to largest)"] if len(names) > 1 else [])]
+    table = Table(*head, caption_justify="left")
+    for name, unit, key in SPEED_ROWS:
+        ratio = found.get("ratios", {}).get(key)
+        said = [f"{ratio['ratio']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else ""]
+        table.add_row(name, unit, *(_paced(found[n], key) for n in names), *said[: len(names) - 1])
+    first = found[names[0]]
+    table.caption = (
+        f"{found['rounds']} rounds in turn, each in a fresh process; one sequence, {first['prompt_tokens']} tokens and "
+        f"{first['new_tokens']} new ones, {first['dtype']}, {first['threads']} threads"
+    )
     return table
+
+
+def _paced(values: dict, key: str) -> str:
+    if values[key] is None:
+        return "none"
+    if key.endswith("bytes"):
+        return f"{values[key]:,.0f}"
+    error = values.get(f"{key}_standard_error")
+    return f"{values[key]:,.4g}" + (f" ± {error:,.2g}" if error else "")
+
+
+def _decimal(value: float | None, scale: float) -> str:
+    return "none" if value is None else f"{scale * value:,.4f}"
 
 
 def study_table(
@@ -51,10 +105,6 @@ def study_table(
     for row in cells:
         table.add_row(*map(escape, row))  # a recipe's changes stand in brackets, which rich would read as a style
     return table
-
-
-def _text(value) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def limits_table(facts: JointFacts) -> Table:
