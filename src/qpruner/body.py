@@ -78,7 +78,7 @@ class Body:
         """Whether the class as it is holds it, once it has 16 bits and adapters are merged."""
         if self.plan is None:
             return True
-        return stock_form(self.config, self.graph, self.plan) is not None
+        return stock_form(self.config, self.graph, self.plan, code=self.code == "its own") is not None
 
     @property
     def stock(self) -> bool:
@@ -118,7 +118,8 @@ def stock_form(
         stored = cost.stored_tensors(cost.named_tensors(skeleton), graph, plain, dtype)
         words = {"BF16": "bfloat16", "F16": "float16"}[dtype]
         content = original.to_dict() | {"architectures": [architecture or type(skeleton).__name__], "dtype": words}
-        content = {k: v for k, v in content.items() if k != "_name_or_path"}
+        unused = {"_name_or_path"} if code else {"_name_or_path", "auto_map"}
+        content = {k: v for k, v in content.items() if k not in unused}
         config = stock_config(original, content, graph, plain, stored, trust_remote_code=code)
     return config and (config, stored)
 

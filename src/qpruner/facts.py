@@ -7,12 +7,15 @@ import psutil
 
 from qpruner import __version__
 from qpruner.artifact.stock import how_to_load
+from qpruner.body import Body, body_of_plan
 from qpruner.compress import Measured
 from qpruner.decide import search as bayesian
 from qpruner.decide.widths import kept_fractions
 from qpruner.deciding import Decided
 from qpruner.job import unfinished
+from qpruner.loading import loading
 from qpruner.model import cost, memory
+from qpruner.model.depth import shortened_config
 from qpruner.model.discover import spans
 from qpruner.model.embeddings import embedding_shapes
 from qpruner.plan import DENSE, Plan
@@ -24,7 +27,7 @@ HIGHER, LOWER = True, False
 
 
 def facts_of(
-    prepared: Prepared, decided: Decided, measured: Measured, *, command: str, seconds: dict[str, float]
+    prepared: Prepared, decided: Decided, measured: Measured, body: Body, *, command: str, seconds: dict[str, float]
 ) -> report.Facts:
     plan, size = decided.plan, measured.size
     used = report.Memory(
@@ -88,7 +91,14 @@ def facts_of(
         ),
         loads_in=loads_in,
         snippet=snippet,
+        places=tuple(report.Place(**row.to_json()) for row in loading(body, str(prepared.output))),
     )
+
+
+def body_for(prepared: Prepared, plan: Plan) -> Body:
+    """Of the artifact, before and after it is written."""
+    shape = prepared.shape
+    return body_of_plan(shape.source, shortened_config(shape.source.config, shape.layers), shape.graph, plan)
 
 
 def metrics(prepared: Prepared, measured: Measured) -> tuple[report.Metric, ...]:
