@@ -121,7 +121,7 @@ def divides_over(body: Body) -> tuple[tuple[int, ...], str]:
     """Numbers of devices over which tensor parallelism cuts every layer evenly, and why not over the next."""
     fitting, reason = [], ""
     for n in DEVICES:
-        objection = _objection(body, n)
+        objection = _objection(body, n) if n > 1 else ""
         if objection and not reason:
             reason = f"over {n} not: {objection}"
         fitting += [] if objection else [n]
