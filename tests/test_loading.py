@@ -54,8 +54,8 @@ def test_codes_and_widths_of_each_layer_say_which_export_helps(llama, tmp_path):
 
 
 def test_what_is_predicted_is_what_the_artifact_then_says(small_llama, short_text, tmp_path):
-    quick = "qpruner[bits=[16],allocation=uniform,kept=0.5,protect_first=0,protect_last=0,adapter_rank=0,steps=0,calibration_windows=4,"
-    quick += "evaluation_windows=4,window=32]"
+    quick = "qpruner[bits=[16],allocation=uniform,kept=0.5,protect_first=0,protect_last=0,adapter_rank=0,steps=0,"
+    quick += "calibration_windows=4,evaluation_windows=4,window=32]"
     predicted = api.inspect(str(small_llama), recipe=quick, budget="90%")["predicted"]["loads_in"]
     result = api.compress(
         str(small_llama), "90%", tmp_path / "OUT", recipe=quick, calibration=short_text, measure_speed=False

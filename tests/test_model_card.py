@@ -59,7 +59,8 @@ def test_numbers_are_those_of_the_manifest_and_every_place_has_its_command(resul
     assert f"{manifest['evaluation']['artifact']['loss']:.2f}" in text and "±" in text
     for layer in api.inspect(str(results[0].artifact))["layers"]:
         assert f"| {layer['heads']} | {layer['kv_heads']} | {layer['channels']} |" in text
-    assert "adapters of rank 2, beside the weights" in text
+    ranks = json.loads((results[0].artifact / "plan.json").read_text())["adapter_ranks"]
+    assert f"{len(ranks)} adapters of rank " in text and "beside the weights, in `adapter/`" in text
     for command in ("import qpruner; from transformers", "--to hf --padded", "--to hf --with-code", "--seed 0 -o OUT"):
         assert command in text
 
