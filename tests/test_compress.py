@@ -336,7 +336,10 @@ def test_an_artifact_is_no_model_to_compress(result, tmp_path):
     with pytest.raises(ModelError, match="already compressed"):
         compress(result.artifact, tmp_path / "again")
     with pytest.raises(ModelError, match="Name the original model"):
-        api.inspect(str(result.artifact))
+        api.inspect(str(result.artifact), budget="50%")
+    found = api.inspect(str(result.artifact))
+    assert [layer["channels"] for layer in found["layers"]] == [128, 96, 96, 128]
+    assert [row["loads"] for row in found["loads_in"]] == [True, False, False, False, False]
 
 
 def test_a_folder_with_something_else_is_left_alone(model, tmp_path):

@@ -150,7 +150,7 @@ def test_it_is_still_known_as_an_artifact(written, tmp_path):
     source = load.inspect_source(str(folder))
     assert source.parameters is None
     with pytest.raises(ModelError, match="is an artifact of qpruner, already compressed"):
-        api.inspect(str(folder))
+        api.inspect(str(folder), recipe="qpruner")
     with torch.no_grad():
         torch.testing.assert_close(load.load_model(source)(IDS).logits, model(IDS).logits, rtol=0, atol=1e-6)
     for other in ("[]", "{}", "not JSON", '{"made_by": 3}'):  # a stranger's manifest

@@ -3,8 +3,9 @@
 import json
 import os
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,11 +23,12 @@ from qpruner.progress import OnProgress, silent
 from qpruner.recipe import Recipe
 from qpruner.report.facts import Facts
 from qpruner.run import Run, digest_of
-from qpruner.shape import any_layers, forecast_for, shape_of
+from qpruner.shape import any_layers, forecast_for, require_original, shape_of
 from qpruner.study import study as run_study
 
 if TYPE_CHECKING:
     from qpruner.joint.past import Front
+    from qpruner.serving import Serving
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,15 @@ def compress(
     Raises:
         QPrunerError: the request or its input cannot be served; nothing was written.
     """
-    from qpruner.artifact.save import write_manifest
+    from qpruner.artifact.save import CARD, write_manifest
     from qpruner.compress import carry_out
     from qpruner.drafting import drafted
-    from qpruner.facts import facts_of, manifest_of
+    from qpruner.facts import body_for, facts_of, manifest_of
     from qpruner.job import Job, Places, unfinished
     from qpruner.joint.facts import joint_facts
     from qpruner.joint.past import Past
+    from qpruner.loading import loading
+    from qpruner.model_card import card_of
     from qpruner.report.page import page
 
     output = Path(output)
@@ -142,12 +146,16 @@ def compress(
         job = Job(prepared, run, on_progress, measure_speed, measure_kl, measure_stages, places=places)
         prepared, decided, measured = carry_out(job, drafted if past is None else past.drafted)
         command = _command(model, budget, output, chosen.name, seed, texts | {"trials": trials}, trust_remote_code)
-        facts = facts_of(prepared, decided, measured, command=command, seconds=run.seconds(), tolerance=tolerance)
+        body = body_for(prepared, decided.plan)
+        facts = facts_of(prepared, decided, measured, body, command=command, seconds=run.seconds(), tolerance=tolerance)
         joint = None
         if decided.searched is not None:
             asked = ([budget], command, None) if past is None else past.asked
             joint = joint_facts(job, decided.searched, asked[0], command=asked[1], folder=asked[2])
-        write_manifest(unfinished(output), manifest_of(prepared, decided, measured, request))
+        manifest = manifest_of(prepared, decided, measured, request)
+        write_manifest(unfinished(output), manifest)
+        card = card_of(manifest, body, loading(body, "OUT"), prepared.shape.source.folder / CARD)
+        write_text(unfinished(output) / CARD, card)
         write_text(run_folder / "facts.json", facts.to_json())
         write_text(report, page(facts, joint))
         os.replace(unfinished(output), output)
@@ -271,11 +279,19 @@ def inspect(
     Args:
         trust_remote_code: let Python code that came with the model run.
     Returns:
-        `parameters`, `bytes_16bit`, `groups` (name, layer, kind, units, whether it can be pruned), `notes`; with a
-        recipe `predicted`: decoder layers, parameters, bytes, the kept units of each group, peak memory of each stage
-        on this machine.
+        `parameters`, `bytes_16bit`, `groups` (name, layer, kind, units, whether it can be pruned), `notes`, `loads_in`
+        (what it loads in, and why not elsewhere, as `qpruner.loading` says it); with a recipe `predicted`: decoder
+        layers, parameters, bytes, the kept units of each group, peak memory of each stage on this machine, and what the
+        result will load in. Of an artifact: `layers`, `formats`, `bytes` and `loads_in`.
     """
+    from qpruner.body import body_of, body_of_plan
+    from qpruner.loading import loading
+    from qpruner.model.depth import shortened_config
+
     source = load.inspect_source(model, trust_remote_code=trust_remote_code)
+    place = str(source.folder or source.name)
+    if source.parameters is None:
+        return _inspected(source, body_of(source), recipe, budget)
     shape = shape_of(source)
     found = {
         "model": source.name,
@@ -288,6 +304,7 @@ def inspect(
             for g in shape.graph.groups.values()
         ],
         "notes": list(shape.graph.notes),
+        "loads_in": [row.to_json() for row in loading(body_of(source), place)],
     }
     if recipe is None and budget is None:
         return found
@@ -315,7 +332,34 @@ def inspect(
         "kept": counts,
         "memory_bytes": stages,
     }
+    config = shortened_config(source.config, shape.layers)
+    body = body_of_plan(source, config, shape.graph, shape.plan(chosen, kept, chosen.bits[0]))
+    found["predicted"]["loads_in"] = [row.to_json() for row in loading(body, "OUT")]
+    if chosen.allocation == "joint" or chosen.scope == "global":
+        found["predicted"]["note"] = (
+            "Widths here are the same in every layer; this recipe may leave each layer another one, and then the stock "
+            "class and llama.cpp take it only where the sentences speak of layers."
+        )
     return found
+
+
+def _inspected(source: load.Source, body, recipe, budget) -> dict:
+    """Of an artifact, of which there is nothing to predict."""
+    from qpruner.artifact.save import weight_bytes
+    from qpruner.loading import loading
+
+    if recipe is not None or budget is not None:
+        require_original(source)
+    formats = Counter(str(spec) for spec, _ in body.specs.values())
+    return {
+        "model": source.name,
+        "architecture": (body.config.architectures or [body.config.model_type])[0],
+        "bytes": weight_bytes(source.folder),
+        "layers": [asdict(layer) for layer in body.widths],
+        "formats": dict(formats) | {name: str(spec) for name, spec in body.embeddings.items()},
+        "adapters": "beside" if body.adapters_beside else "none beside",
+        "loads_in": [row.to_json() for row in loading(body, str(source.folder))],
+    }
 
 
 def evaluate(
@@ -418,3 +462,13 @@ def export(
 
     options |= dict(calibration=calibration, trust_remote_code=trust_remote_code, on_progress=on_progress)
     return exporting.export(model, to, output, **options)
+
+
+def serve_check(
+    model: str | Path, *, context: int | None = None, batch: int = 1, trust_remote_code: bool = False
+) -> "Serving":
+    """What serving a model or an artifact takes; see `qpruner.serving.serve_check`."""
+    from qpruner import serving
+
+    source = load.inspect_source(model, trust_remote_code=trust_remote_code)
+    return serving.serve_check(source, context=context, batch=batch)

@@ -185,22 +185,23 @@ def demo(
 @app.command()
 @with_status
 def inspect(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP + " A config.json alone will do.")],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP + " A config.json alone will do; artifacts too.")],
     recipe: Annotated[str | None, typer.Option(help="Predict what this recipe makes of the model.")] = None,
     budget: Annotated[str | None, typer.Option(help="The size to predict for; see `qpruner compress --help`.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show a model's groups and sizes and what can be pruned, without loading its weights."""
+    """Show a model's groups and sizes, what can be pruned and what it loads in, without loading its weights."""
     from qpruner import api
 
     found = api.inspect(model, recipe=recipe, budget=budget, trust_remote_code=trust_remote_code)
     if as_json:
         _print_json(found)
     else:
-        from qpruner.report.terminal import inspection_table
+        from qpruner.report.terminal import artifact_table, inspection_table, loading_lines
 
-        _print(inspection_table(found))
+        _print(inspection_table(found) if "groups" in found else artifact_table(found))
+        typer.echo("\n".join(loading_lines(found)))
 
 
 @app.command()
@@ -281,17 +282,32 @@ def evaluate(
 def export(
     model: Annotated[str, typer.Argument(help=MODEL_HELP + " Artifacts of qpruner too.")],
     to: Annotated[
-        str, typer.Option("--to", help="What is written: gguf, for llama.cpp; compressed-tensors, for vLLM.")
+        str,
+        typer.Option(
+            "--to",
+            help="What is written: hf, for transformers alone; gguf, for llama.cpp; compressed-tensors, for vLLM.",
+        ),
     ],
     output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="The file or folder. Default: the model's name, in this folder."),
+        Path | None, typer.Option("--output", "-o", help="File or folder. Default: the model's name, in this folder.")
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option("--calibration", help="Text that tells which columns of weights count most.")
+        Path | None, typer.Option("--calibration", help="gguf: text that tells which columns of weights count most.")
     ] = None,
     round_again: Annotated[
-        bool, typer.Option("--round-again", help="Round weights once more where the format lacks their codes.")
+        bool,
+        typer.Option(
+            "--round-again", help="compressed-tensors: round weights once more where the format lacks their codes."
+        ),
+    ] = False,
+    padded: Annotated[
+        bool, typer.Option("--padded", help="hf: fill layers of other widths up with zeros; the cost is printed.")
+    ] = False,
+    with_code: Annotated[
+        bool, typer.Option("--with-code", help="hf: codes stay; Python files for trust_remote_code beside them.")
+    ] = False,
+    adapters_beside: Annotated[
+        bool, typer.Option("--adapters-beside", help="hf: adapters stay a PEFT folder, and are not merged.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
@@ -302,13 +318,63 @@ def export(
 
     with bars() as on_progress:
         found = api.export(
-            model, to, output, calibration=calibration, round_again=round_again,
-            trust_remote_code=trust_remote_code, on_progress=on_progress,
+            model, to, output, calibration=calibration, trust_remote_code=trust_remote_code, on_progress=on_progress,
+            round_again=round_again, padded=padded, with_code=with_code, adapters_beside=adapters_beside,
         )  # fmt: skip
     if as_json:
         _print_json(found.to_json())
     else:
         typer.echo("\n".join(found.lines()))
+
+
+@app.command("serve-check")
+@with_status
+def serve_check(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP + " Artifacts of qpruner too.")],
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a sequence. Default: the most that the model takes.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what serving takes: memory for weights and cache, over how many devices it divides, what loads it."""
+    from qpruner import api
+
+    found = api.serve_check(model, context=context, batch=batch, trust_remote_code=trust_remote_code)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        typer.echo("\n".join(found.lines()))
+
+
+@app.command()
+@with_status
+def chat(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP + " Artifacts of qpruner too.")],
+    prompt: Annotated[str | None, typer.Option(help="Go on with this and end; without it, line after line.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="At most so many each time.")] = 256,
+    seed: Annotated[int | None, typer.Option(help="Draw tokens, by this seed. Default: always the likeliest.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Generate text in the terminal: a conversation where the tokenizer has a chat template, else continuations."""
+    from qpruner.chat import Speaker
+
+    speaker = Speaker(model, seed=seed, trust_remote_code=trust_remote_code)
+    write = lambda text: typer.echo(text, nl=False)
+    if prompt is not None:
+        speaker.say(prompt, write, max_new_tokens=max_new_tokens)
+        typer.echo()
+        return
+    typer.echo("A line to the model; end with Ctrl-D.", err=True)
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            return
+        if line:
+            speaker.say(line, write, max_new_tokens=max_new_tokens)
+            typer.echo()
 
 
 @app.command()

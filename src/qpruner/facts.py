@@ -7,6 +7,7 @@ import psutil
 
 from qpruner import __version__
 from qpruner.artifact.stock import how_to_load
+from qpruner.body import Body, body_of_plan
 from qpruner.compress import Measured
 from qpruner.damage import WINDOWS
 from qpruner.decide import search as bayesian
@@ -14,7 +15,9 @@ from qpruner.decide.widths import kept_fractions
 from qpruner.deciding import Decided
 from qpruner.job import unfinished
 from qpruner.judge.damage import unigram_loss
+from qpruner.loading import loading
 from qpruner.model import cost, memory
+from qpruner.model.depth import shortened_config
 from qpruner.model.discover import spans
 from qpruner.model.embeddings import embedding_shapes
 from qpruner.plan import DENSE, Plan
@@ -31,6 +34,7 @@ def facts_of(
     prepared: Prepared,
     decided: Decided,
     measured: Measured,
+    body: Body,
     *,
     command: str,
     seconds: dict[str, float],
@@ -98,7 +102,14 @@ def facts_of(
         notes=tuple(n for n in (*said_before(prepared), pace(measured), str(used)) if n),
         loads_in=loads_in,
         snippet=snippet,
+        places=tuple(report.Place(**row.to_json()) for row in loading(body, str(prepared.output))),
     )
+
+
+def body_for(prepared: Prepared, plan: Plan) -> Body:
+    """Of the artifact, before and after it is written."""
+    shape = prepared.shape
+    return body_of_plan(shape.source, shortened_config(shape.source.config, shape.layers), shape.graph, plan)
 
 
 def metrics(prepared: Prepared, measured: Measured) -> tuple[report.Metric, ...]:

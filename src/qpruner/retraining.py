@@ -155,9 +155,7 @@ def _teacher(
             )
         return None
     teacher = load.inspect_source(named, trust_remote_code=trust_remote_code)
-    ours, theirs = (
-        each.original.get_text_config(decoder=True).vocab_size for each in (source, teacher)
-    )
+    ours, theirs = (each.original.get_text_config(decoder=True).vocab_size for each in (source, teacher))
     if ours != theirs:
         raise ModelError(
             f"the teacher {teacher.name!r} predicts {theirs:,} tokens and {source.name!r} {ours:,}: they do not share "
@@ -225,11 +223,21 @@ def retrain(request: Request, run: Run, output: Path, *, on_progress: OnProgress
         dtype=load.stored_dtype(request.source), passes=run.folder / "passes",
         progress=lambda stage: lambda done, total, *rest: on_progress(stage, done, total),
     )  # fmt: skip
-    n_trained = sum(factor.numel() for layer in adapters.adapter_layers(model).values() for factor in adapters.factors(layer))
+    n_trained = sum(
+        factor.numel() for layer in adapters.adapter_layers(model).values() for factor in adapters.factors(layer)
+    )
     plan, losses = _stored_best(request, model, losses)
     with replacing(output) as folder:
         _write(request, plan, model, folder)
         after = _judged(request, load.inspect_source(folder), on_progress, "the result")
     return Retrained(
-        plan, found, losses, before, after, original_loss, n_trained, weight_bytes(request.source.folder), weight_bytes(output)
+        plan,
+        found,
+        losses,
+        before,
+        after,
+        original_loss,
+        n_trained,
+        weight_bytes(request.source.folder),
+        weight_bytes(output),
     )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qpruner.artifact.config import MODEL_TYPE
 from qpruner.artifact.loader import ADAPTER, WEIGHTS, shell
-from qpruner.model import adapters
+from qpruner.model.adapters import read_adapters
 from qpruner.model.discover import discover
 from qpruner.model.load import Source
 from qpruner.model.skeleton import build_skeleton
@@ -24,14 +24,15 @@ class Dense:
     codes are stored, by path.
     """
 
-    def __init__(self, source: Source):
+    def __init__(self, source: Source, *, adapters: bool = True):
+        """adapters: whether those that lie beside the weights are added into them."""
         own = source.config.model_type == MODEL_TYPE
         self._corrections: Mapping[str, tuple[Tensor, Tensor, float]] = {}
         if own:
             self.model, self.graph = shell(source.folder, source.config, trust_remote_code=source.trust_remote_code)
             self._stored: Tensors = Stored([source.folder / WEIGHTS])
-            if (source.folder / ADAPTER).is_dir():
-                ranks, alpha, _, factors = adapters.read_adapters(source.folder / ADAPTER)
+            if adapters and (source.folder / ADAPTER).is_dir():
+                ranks, alpha, _, factors = read_adapters(source.folder / ADAPTER)
                 self._corrections = {name: (*factors[name], alpha / rank) for name, rank in ranks.items()}
         else:
             self.model = build_skeleton(source.config, trust_remote_code=source.trust_remote_code)

@@ -23,6 +23,9 @@ TOKENIZER_FILES = (
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 
+CARD = "README.md"
+LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")  # of the original
+
 
 def save_artifact(
     folder: Path,
@@ -73,7 +76,7 @@ def write_artifact(
     config = configuration(source, graph, plan, expected=expected, architecture=architecture, dtype=dtype)
     config.save_pretrained(folder)
     (folder / PLAN).write_text(plan.to_json())
-    for name in TOKENIZER_FILES:
+    for name in (*TOKENIZER_FILES, *LICENSES):
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)
     for path in source.code:

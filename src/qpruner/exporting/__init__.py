@@ -6,6 +6,7 @@ from typing import Protocol
 from qpruner.errors import ModelError, OutputError
 from qpruner.exporting.compressed_tensors import to_compressed_tensors
 from qpruner.exporting.gguf import to_gguf
+from qpruner.exporting.hf import to_hf
 from qpruner.model.load import inspect_source
 from qpruner.progress import OnProgress, silent
 
@@ -43,11 +44,11 @@ def export(
     """
     if to not in EXPORTERS:
         raise OutputError(f"there is no export to {to!r}. Accepted: {', '.join(EXPORTERS)}.")
+    write, ending = EXPORTERS[to]
     asked = {name: value for name, value in options.items() if value}
     if others := [name for name in asked if name not in OPTIONS.get(to, ())]:
         having = [f"{format} ({', '.join(names)})" for format, names in OPTIONS.items()]
         raise OutputError(f"the export to {to} has no option {others[0]!r}. Options: {'; '.join(having)}.")
-    write, ending = EXPORTERS[to]
     source = inspect_source(model, trust_remote_code=trust_remote_code)
     if source.folder is None or not source.tensors:
         raise ModelError(f"{source.name!r} is a configuration without weights; name the folder that holds both.")
@@ -56,5 +57,9 @@ def export(
 
 
 # name -> (what writes it, the ending of what it writes)
-EXPORTERS = {"gguf": (to_gguf, ".gguf"), "compressed-tensors": (to_compressed_tensors, "-compressed-tensors")}
-OPTIONS = {"compressed-tensors": ("round_again",)}
+EXPORTERS = {
+    "hf": (to_hf, "-hf"),
+    "gguf": (to_gguf, ".gguf"),
+    "compressed-tensors": (to_compressed_tensors, "-compressed-tensors"),
+}
+OPTIONS = {"hf": ("padded", "with_code", "adapters_beside"), "compressed-tensors": ("round_again",)}

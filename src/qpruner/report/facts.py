@@ -357,6 +357,15 @@ class Stage(Value):
     seconds: float
 
 
+class Place(Value):
+    """Where the artifact may be loaded: whether it is as it stands, why or why not, and the command that does it."""
+
+    target: str
+    loads: bool
+    sentence: str
+    command: str = ""
+
+
 class Facts(Saved):
     """Everything in a report.
 
@@ -397,6 +406,7 @@ class Facts(Saved):
     notes: tuple[str, ...] = ()
     loads_in: str
     snippet: str
+    places: tuple[Place, ...] = ()
 
     def metric(self, name: str) -> Metric | None:
         return next((m for m in self.metrics if m.name.lower() == name.lower()), None)

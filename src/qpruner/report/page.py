@@ -252,7 +252,7 @@ def page(facts: Facts, joint: JointFacts | None = None) -> str:
             f"<div><h2>Size</h2>{figures['sizes']}</div>",
             "</section>",
             f"<section><h2>Use it</h2><p>{escaped(facts.loads_in)}</p>"
-            f"<pre><code>{escaped(facts.snippet)}</code></pre></section>",
+            f"<pre><code>{escaped(facts.snippet)}</code></pre>{_places(facts)}</section>",
             *(
                 f"<section><h2>{escaped(head)}</h2>{''.join(figures[n] for n in names)}</section>"
                 for head, names in SECTIONS
@@ -289,6 +289,17 @@ def _before_after(facts: Facts) -> str:
 
 def _chart(name: str, figure, facts: Facts) -> str:
     return drawing(name, CHARTS[name].title, CHARTS[name].reading, figure, NUMBERS[name](facts))
+
+
+def _places(facts: Facts) -> str:
+    """A row for each place, with its command."""
+    rows = ""
+    for place in facts.places:
+        command = f"<br><code>{escaped(place.command)}</code>" if place.command else ""
+        rows += f"<tr><th scope=row>{escaped(place.target)}</th><td>{'yes' if place.loads else 'not as it is'}</td>"
+        rows += f"<td>{escaped(place.sentence)}{command}</td></tr>"
+    head = "<thead><tr><th scope=col>loads in</th><th scope=col></th><th scope=col>how, or why not</th></tr></thead>"
+    return f"<table class=places>{head}<tbody>{rows}</tbody></table>" if rows else ""
 
 
 def _run(facts: Facts) -> str:

@@ -27,6 +27,31 @@ def inspection_table(found: dict) -> Table:
     return table
 
 
+def artifact_table(found: dict) -> Table:
+    """Widths of an artifact's layers, alike ones in one row, and how it is stored."""
+    table = Table(title=f"{found['model']} ({found['architecture']}), an artifact: {found['bytes']:,} bytes")
+    for name in ("heads", "key/value heads", "channels", "layers"):
+        table.add_column(name)
+    for widths, count in Counter(tuple(layer.values()) for layer in found["layers"]).items():
+        table.add_row(*(f"{n:,}" for n in widths), str(count))
+    formats = found["formats"].items()
+    table.caption = escape(", ".join(f"{n} linears of {s}" if isinstance(n, int) else f"{s}: {n}" for s, n in formats))
+    return table
+
+
+def loading_lines(found: dict) -> list[str]:
+    """What a model loads in as it is, and what is predicted of a result: a line for each place, then its command."""
+    predicted = found.get("predicted") or {}
+    parts = [("loads in", found.get("loads_in") or []), ("the result will load in", predicted.get("loads_in") or [])]
+    lines = []
+    for title, rows in parts:
+        lines += ["", f"{title}:"] if rows else []
+        for row in rows:
+            lines.append(f"  {row['target']}: {'yes' if row['loads'] else 'not as it is'}; {row['sentence']}")
+            lines += [f"      {row['command']}"] if row["command"] else []
+    return lines + ([predicted["note"]] if "note" in predicted else [])
+
+
 def _pattern(name: str, layer: int) -> str:
     return ".".join("*" if part == str(layer) else part for part in name.split("."))
 

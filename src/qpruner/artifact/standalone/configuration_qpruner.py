@@ -1,0 +1,21 @@
+"""The configuration of a compressed model: that of the original, and what its modules count since units went."""
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+
+class QPrunerConfig(PreTrainedConfig):
+    """base_config: the original's. narrowed: module -> attributes that are not the original's. embeddings: of those in
+    codes, what rows are multiplied by, and the heads that multiply with the same codes."""
+
+    model_type = "qpruner"
+
+    def __init__(self, base_config=None, narrowed=None, embeddings=None, **kwargs):
+        self.base_config = base_config or {}
+        self.narrowed, self.embeddings = narrowed or {}, embeddings or {}
+        super().__init__(**kwargs)
+
+    def original(self) -> PreTrainedConfig:
+        fields = {k: v for k, v in self.base_config.items() if k not in ("transformers_version", "architectures")}
+        config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+        config.architectures = self.base_config.get("architectures")
+        return config

@@ -1,0 +1,109 @@
+"""What a model or an artifact loads in, and why not elsewhere: a sentence and a command for each place.
+
+Known before anything runs, from a plan; and of what was written, from its folder. Nothing is loaded here: the rules
+are those of `qpruner.targets`, of transformers' own classes and of llama.cpp's architectures.
+"""
+
+from dataclasses import asdict, dataclass
+
+from qpruner.artifact.gguf.families import anatomy, choose
+from qpruner.body import Body
+from qpruner.errors import ModelError, listed
+from qpruner.targets import refused, rules_of
+
+LOAD = "AutoModelForCausalLM.from_pretrained({name!r}{options})"
+PYTHON = 'python -c "{imports}from transformers import AutoModelForCausalLM; ' + LOAD + '"'
+TARGETS = ("transformers with qpruner", "transformers alone", "transformers with remote code", "vLLM", "llama.cpp")
+
+
+@dataclass(frozen=True)
+class Loads:
+    """One place: whether the folder as it is loads there, a sentence, the command that loads it or makes it load."""
+
+    target: str
+    loads: bool
+    sentence: str
+    command: str = ""
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.target}: {'yes' if self.loads else 'no'}; {self.sentence}"
+
+
+def loading(body: Body, name: str) -> tuple[Loads, ...]:
+    """For each of `TARGETS`, whether a folder of this name would load there.
+
+    Args:
+        name: of the folder, for commands.
+    """
+    return (_with_us(body, name), _alone(body, name), _remote(body, name), _vllm(body, name), _llama_cpp(body, name))
+
+
+def _options(body: Body) -> str:
+    return ", trust_remote_code=True" if body.code == "its own" else ""
+
+
+def _with_us(body: Body, name: str) -> Loads:
+    imports = "" if body.stock else "import qpruner; "
+    said = "an instance of the original class" + (", with adapters beside it" if body.adapters_beside else "")
+    command = PYTHON.format(imports=imports, name=name, options=_options(body))
+    return Loads(TARGETS[0], True, f"it comes as {said}.", command)
+
+
+def _alone(body: Body, name: str) -> Loads:
+    target = TARGETS[1]
+    if body.stock and body.code != "its own":
+        command = PYTHON.format(imports="", name=name, options="")
+        return Loads(target, True, f"a stock model of type {body.config.model_type!r}.", command)
+    if body.code == "its own":
+        return Loads(target, False, "the original brought code of its own.")
+    export = f"qpruner export {name} --to hf"
+    if not body.holds_as_stock:
+        return Loads(target, False, f"{body.why_not_stock()}; zeros can fill it up.", f"{export} --padded")
+    parts = [
+        "weights lie in codes" if body.coded else "",
+        "adapters lie beside them" if body.adapters_beside else "",
+    ]
+    what = " and ".join(filter(None, parts))
+    return Loads(target, False, f"{what}; the export is of 16 bits.", export)
+
+
+def _remote(body: Body, name: str) -> Loads:
+    target = TARGETS[2]
+    command = PYTHON.format(imports="", name=name, options=", trust_remote_code=True")
+    if body.code == "its own" and body.stock:
+        return Loads(target, True, "by the code that came with the original.", command)
+    if body.code == "ours":
+        return Loads(target, True, "by the Python files in the folder, without qpruner.", command)
+    if body.code == "its own":
+        return Loads(target, False, "the original brought code of its own, which does not know what was done to it.")
+    if body.stock:
+        return Loads(target, True, "no code is needed.", PYTHON.format(imports="", name=name, options=""))
+    said = "the folder holds no code yet; an export puts it beside the weights, which stay in codes."
+    return Loads(target, False, said, f"qpruner export {name} --to hf --with-code")
+
+
+def _vllm(body: Body, name: str) -> Loads:
+    target, config = TARGETS[3], body.config.to_dict()
+    if body.stock:
+        return Loads(target, True, "a stock model of 16 bits (not run here).", f"vllm serve {name}")
+    rules = rules_of("vllm", config, tied=bool(config.get("tie_word_embeddings")))
+    said = refused(rules, body.widths, body.specs)
+    if body.embeddings:
+        said.append(f"{listed(body.embeddings)} lies in codes, which vLLM wants at 16 bits.")
+    if said:
+        return Loads(target, False, " ".join(said))
+    export = f"qpruner export {name} --to compressed-tensors -o {name}-vllm && vllm serve {name}-vllm"
+    return Loads(target, False, "exported as compressed-tensors its rules are kept (not run here).", export)
+
+
+def _llama_cpp(body: Body, name: str) -> Loads:
+    target = TARGETS[4]
+    try:
+        architecture = choose(anatomy(body.model)).name
+    except ModelError as error:
+        return Loads(target, False, str(error))
+    command = f"qpruner export {name} --to gguf -o {name}.gguf && llama-cli -m {name}.gguf"
+    return Loads(target, False, f"exported as GGUF, architecture {architecture!r}.", command)
