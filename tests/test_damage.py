@@ -14,6 +14,7 @@ from qpruner import api
 from qpruner.damage import StageLosses
 from qpruner.judge import loss as judge
 from qpruner.judge.damage import dense_parameters, rise_when_smaller, rises, unigram_loss
+from qpruner.judge.divergence import kl_to
 from qpruner.model import corpus
 from qpruner.model.load import inspect_source, load_model, load_tokenizer
 from qpruner.plan import Plan
@@ -154,7 +155,7 @@ def test_first_and_last_are_the_original_and_the_files(model, tmp_path, short_te
     assert stages[0].loss == pytest.approx(judge.evaluate_loss(dense, windows).loss, abs=1e-5)
     assert stages[-1].stage == "recovered"
     assert stages[-1].loss == pytest.approx(judge.evaluate_loss(made, windows).loss, abs=1e-5)
-    assert stages[-1].kl == pytest.approx(judge.kl_to(made, dense, windows).kl, abs=1e-5)
+    assert stages[-1].kl == pytest.approx(kl_to(made, dense, windows).kl, abs=1e-5)
 
 
 def test_layer_by_layer_measures_the_same(model, tmp_path, short_text, monkeypatch):

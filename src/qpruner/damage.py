@@ -12,6 +12,7 @@ from torch import nn
 from qpruner.artifact.opened import open_stream
 from qpruner.decide import widths
 from qpruner.job import Job
+from qpruner.judge import divergence
 from qpruner.judge import loss as judge
 from qpruner.model import checkpoint, load
 from qpruner.model.corpus import Windows
@@ -94,7 +95,7 @@ class StageLosses:
                 row = {"stage": stage, "loss": loss.loss, "standard_error": loss.to_dict()["standard_error"], "kl": 0.0}
                 if stage != ORIGINAL:
                     original = judge.Streamed(job.original(), self._reference)
-                    row["kl"] = judge.kl_to(judged, original, self.windows, **how).kl
+                    row["kl"] = divergence.kl_to(judged, original, self.windows, **how).kl
                 return row
 
         self.rows.append(job.run.values(name, inputs, compute))

@@ -1,42 +1,46 @@
-"""The job of `recover`: adapters trained beside a finished artifact, and what they gained.
+"""The job of `recover`: adapters trained beside a finished artifact.
 
-An artifact of any recipe will do. Its base stays as it is stored, packed or not; its plan gets adapters, or goes on with
-those that it has.
+An artifact of any recipe will do. Its base stays as it is stored, packed or not; its plan gets adapters, or goes on
+with those that it has.
 """
 
+import copy
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qpruner import __version__
 from qpruner.artifact.loader import ADAPTER, PLAN, WEIGHTS
 from qpruner.artifact.opened import open_stream
-from qpruner.artifact.save import weight_bytes
-from qpruner.decide.draft import rank_of
-from qpruner.errors import MemoryLimitError, ModelError, OutputError
-from qpruner.judge import loss as judge
+from qpruner.artifact.save import tensors_of, weight_bytes
+from qpruner.decide.ranks import uniform
+from qpruner.do.recover import Trained
+from qpruner.errors import MemoryLimitError, ModelError, RecipeError
+from qpruner.judge.divergence import kl_to
+from qpruner.judge.loss import Streamed, evaluate_loss
 from qpruner.judging import loss_values
 from qpruner.model import adapters, checkpoint, corpus, load, memory
 from qpruner.model.corpus import Windows
 from qpruner.model.examples import Examples, examples_of
+from qpruner.model.overlap import check_unseen
 from qpruner.model.pystdlib import BUNDLED_NAME
 from qpruner.model.scratch import Scratch
 from qpruner.model.tensors import write_safetensors
-from qpruner.model.whole import Streamable
 from qpruner.plan import Plan
 from qpruner.prepare import Texts, choose_texts
 from qpruner.progress import OnProgress
 from qpruner.recipe import Recipe
-from qpruner.recovering import Recovered, recovered
+from qpruner.recovering import recovered
 from qpruner.run import Run, digest_of
 from qpruner.shape import evaluation_batch
 
+CARD = "README.md"
 MANIFEST = "manifest.json"
 
 
@@ -115,8 +119,8 @@ def request_for(
             f"training needs the whole artifact in memory, and {source.name!r} does not fit. Give a larger "
             "--memory-limit, or a machine with more memory."
         )
-    if not recipe.steps or not (recipe.adapter_rank):
-        raise ModelError(f"recipe {recipe.name!r} trains nothing: give it `steps` and an `adapter_rank`.")
+    if not recipe.steps or not recipe.adapter_rank:
+        raise RecipeError(f"recipe {recipe.name!r} trains nothing: give it `steps` and an `adapter_rank`.")
     manifest = json.loads((source.folder / MANIFEST).read_text())
     notes: list[str] = []
     taught_by = _teacher(source, teacher, manifest, recipe, trust_remote_code, notes)
@@ -124,17 +128,16 @@ def request_for(
         recipe = recipe.model_copy(update={"loss": "next-token", "block_weight": 0.0})
     tokenizer = load.load_tokenizer(source)
     texts = choose_texts(manifest["base_model"], training, search_text, evaluation)
+    check_unseen(manifest, texts.evaluation)
     notes += [texts.note] if texts.note else []
     length = min(recipe.window, source.context_length or recipe.window)
     cut = partial(corpus.token_windows, tokenizer=tokenizer, length=length)
-    learned = partial(examples_of, tokenizer=tokenizer, length=length, fewest=4, mask_prompts=recipe.mask_prompts)
-    validation = None
-    if recipe.validations:
-        validation = Examples.of(cut(texts.search, n_windows=recipe.validation_windows, fewest=2, seed=seed))
+    learned = partial(examples_of, tokenizer=tokenizer, length=length, seed=seed, mask_prompts=recipe.mask_prompts)
+    validation = learned(texts.search, n=recipe.validation_windows, fewest=1) if recipe.validations else None
     plan, begun = _plan(source, recipe, seed)
     return Request(
         source=source, plan=plan, begun=begun, manifest=manifest, teacher=taught_by, recipe=recipe, tokenizer=tokenizer,
-        texts=texts, training=learned(texts.calibration, n=recipe.steps * recipe.batch_size, seed=seed),
+        texts=texts, training=learned(texts.calibration, n=recipe.steps * recipe.batch_size, fewest=4),
         validation=validation, search=cut(texts.search, n_windows=recipe.search_windows, fewest=2, seed=seed),
         evaluation=cut(texts.evaluation, n_windows=recipe.evaluation_windows, fewest=2), seed=seed,
         weights_digest=checkpoint.checked_digest(source.folder), notes=tuple(notes),
@@ -177,7 +180,8 @@ def _plan(source: load.Source, recipe: Recipe, seed: int) -> tuple[Plan, bool]:
         recovery = recovery.model_copy(update={"adapter_alpha": alpha})
     else:
         model = open_stream(source).model
-        ranks = {n: rank_of(recipe.adapter_rank, adapters.features(model.get_submodule(n))) for n in plan.specs}
+        shapes = {name: adapters.features(model.get_submodule(name)) for name in plan.specs}
+        ranks = uniform(recipe.adapter_rank, shapes)
     recovery = recovery.model_copy(update={"loftq_iterations": 0})
     update = {"adapter_ranks": ranks, "adapters": "beside", "recovery": recovery, "seed": seed}
     return plan.model_copy(update=update), begun
@@ -185,13 +189,14 @@ def _plan(source: load.Source, recipe: Recipe, seed: int) -> tuple[Plan, bool]:
 
 @dataclass(frozen=True)
 class Retrained:
-    """What was measured. judged: loss (and KL, with a teacher) of the artifact before and after, and the teacher's loss.
+    """What came of it. plan: of the result, with adapters as they are stored.
 
-    losses: on the search text: `before`, and of every way to store the adapters that was tried.
+    before, after: what was measured of the artifact, `loss` and with a teacher `kl`. original_loss: of the teacher.
+    losses: on the search text: before training, and of every way to store the adapters that was tried.
     """
 
     plan: Plan
-    recovered: Recovered
+    trained: Trained
     losses: dict[str, float]
     before: dict
     after: dict
@@ -201,43 +206,126 @@ class Retrained:
     size_after: int
 
 
-def retrain(request: Request, run: Run, output: Path, *, on_progress: OnProgress) -> Retrained:
-    """All stages; `output` is written under a temporary name and is whole or absent when this returns."""
+def retrain(request: Request, run: Run, folder: Path, on_progress: OnProgress) -> Retrained | None:
+    """All stages; the result is written into `folder`. None in a process that only takes part in the training."""
     inputs = request.inputs()
-    before = run.values("before", inputs, lambda: _judged(request, request.source, on_progress, "the artifact"))
+    size_before = weight_bytes(request.source.folder)
+    judged_with = {"artifact": request.weights_digest, "teacher": inputs["teacher"]}
+    judged_with["windows"] = digest_of(request.evaluation.ids.tolist())
+    of = partial(_judged, request, on_progress)
+    before = run.values("before", judged_with, lambda: of(request.source, "the artifact"))
     original_loss = None
     if request.teacher is not None:
-        judge_teacher = lambda: _loss(request, request.teacher, on_progress, "the original")["loss"]
-        original_loss = run.values("original", inputs, judge_teacher)
+        alone = lambda: of(request.teacher, "the original", divergence=False)["loss"]["loss"]
+        original_loss = run.values("original", judged_with, alone)
     model = load.load_model(request.source)
+    recovery = request.plan.recovery
     if not request.begun:
-        recovery = request.plan.recovery
         adapters.inject_adapters_(
             model, request.plan.adapter_ranks, alpha=recovery.adapter_alpha, dropout=recovery.adapter_dropout,
             seed=request.seed,
         )  # fmt: skip
-    losses = {"before": _search_loss(request, model)}
-    found = recovered(
+    losses = {"before": run.values("search", inputs, lambda: _search_loss(request, model))}
+    trained = recovered(
         run, model, request.plan, training=request.training, validation=request.validation,
-        teacher=request.teacher and partial(open_stream, request.teacher), inputs=inputs,
-        dtype=load.stored_dtype(request.source), passes=run.folder / "passes",
-        progress=lambda stage: lambda done, total, *rest: on_progress(stage, done, total),
+        teacher=request.teacher and partial(open_stream, request.teacher),
+        teacher_inputs={"teacher": inputs["teacher"]}, inputs=inputs, dtype=load.stored_dtype(request.source),
+        passes=run.folder / "passes",
+        progress=lambda stage: lambda done, total, *_: on_progress(stage, done, total),
     )  # fmt: skip
-    n_trained = sum(
-        factor.numel() for layer in adapters.adapter_layers(model).values() for factor in adapters.factors(layer)
-    )
-    plan, losses = _stored_best(request, model, losses)
-    with replacing(output) as folder:
-        _write(request, plan, model, folder)
-        after = _judged(request, load.inspect_source(folder), on_progress, "the result")
+    if run.follows:
+        return None
+    n_trained = sum(p.numel() for layer in adapters.adapter_layers(model).values() for p in adapters.factors(layer))
+    plan = _best_stored(request, model, losses)
+    _write(request, plan, model, folder)
+    written = load.inspect_source(str(folder), trust_remote_code=request.source.trust_remote_code)
     return Retrained(
-        plan,
-        found,
-        losses,
-        before,
-        after,
-        original_loss,
-        n_trained,
-        weight_bytes(request.source.folder),
-        weight_bytes(output),
-    )
+        plan, trained, losses, before, of(written, "the result"), original_loss, n_trained, size_before,
+        weight_bytes(folder),
+    )  # fmt: skip
+
+
+def _best_stored(request: Request, model: nn.Module, losses: dict[str, float]) -> Plan:
+    """Leaves the model with its adapters beside or merged, whichever loses less on the search text, or as asked."""
+    how = "merged" if request.stock else request.recipe.adapters
+    layers = adapters.adapter_layers(model)
+    if how != "merged":
+        losses["beside"] = _search_loss(request, model)
+    if how == "beside":
+        return request.plan
+    for name, layer in layers.items():
+        base = copy.deepcopy(layer.get_base_layer())
+        ranges = request.plan.rounding.ranges
+        model.set_submodule(name, adapters.merged(base, adapters.correction(layer), ranges=ranges))
+    losses["merged"] = _search_loss(request, model)
+    if how == "best" and losses["merged"] > losses["beside"]:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+        return request.plan
+    del model.peft_config
+    return request.plan.model_copy(update={"adapters": "merged"})
+
+
+def _write(request: Request, plan: Plan, model: nn.Module, folder: Path) -> None:
+    """The artifact again, with what was trained; the card and the manifest are to come."""
+    source, merged = request.source, plan.adapters == "merged"
+    anew = {ADAPTER, PLAN, MANIFEST, CARD} | ({WEIGHTS} if merged else set())
+    shutil.copytree(source.folder, folder, ignore=lambda _, names: anew & set(names))
+    (folder / PLAN).write_text(plan.to_json())
+    if merged:
+        with safe_open(source.folder / WEIGHTS, framework="pt") as file:
+            expected = {name: (source.tensors[name].dtype, source.tensors[name].shape) for name in file.keys()}
+        write_safetensors(folder / WEIGHTS, expected, tensors_of(model, expected))
+        return
+    state = adapters.adapter_state(model, load.stored_dtype(source))
+    recovery = plan.recovery
+    config = adapters.lora_config(plan.adapter_ranks, alpha=recovery.adapter_alpha, dropout=recovery.adapter_dropout)
+    adapters.write_adapters(folder / ADAPTER, state, config)
+
+
+def _search_loss(request: Request, model: nn.Module) -> float:
+    return evaluate_loss(model, request.search, batch_size=request.batch).loss
+
+
+def _judged(
+    request: Request, on_progress: OnProgress, source: load.Source, which: str, *, divergence: bool = True
+) -> dict:
+    """Loss on the evaluation text, and the distance from the teacher."""
+    show = lambda done, total, *_: on_progress(f"judging {which}", done, total)
+    opened = lambda of: Streamed(open_stream(of, resident=True), Scratch(), show)
+    report = evaluate_loss(opened(source), request.evaluation, batch_size=request.batch)
+    found = {"loss": loss_values(report)}
+    if request.teacher is not None and divergence:
+        theirs = opened(request.teacher)
+        found["kl"] = kl_to(opened(source), theirs, request.evaluation, batch_size=request.batch).to_dict()
+    return found
+
+
+def manifest_of(request: Request, found: Retrained) -> dict:
+    """That of the artifact, with what was done to it since."""
+    loss = {k: v for k, v in found.after["loss"].items() if k != "window_losses"}
+    judged = {"artifact": loss, **({"kl": found.after["kl"]} if "kl" in found.after else {})}
+    trained = {
+        "adapters": found.plan.adapters,
+        "artifact": request.weights_digest,
+        "recipe": request.recipe.name,
+        "recovery": found.plan.recovery.model_dump(mode="json"),
+        "seed": request.seed,
+        "teacher": request.teacher and request.teacher.name,
+        "texts": request.texts.digests(),
+    }
+    old = request.manifest
+    sizes = {**old["bytes"], "on_disk": found.size_after, "predicted": found.size_after}
+    change = found.size_after - found.size_before
+    sizes["parts"] = {**old["bytes"]["parts"], "adapters": max(0, old["bytes"]["parts"].get("adapters", 0) + change)}
+    marks = dict(request.texts.fingerprints())
+    return {
+        **old,
+        "made_by": f"qpruner {__version__}",
+        "request": digest_of(request.inputs()),
+        "bytes": sizes,
+        "digests": {**old["digests"], "texts": request.texts.digests()},
+        "fingerprints": {**old.get("fingerprints", {}), **marks},
+        "evaluation": {**old["evaluation"], **judged},
+        "recovered": [*old.get("recovered", []), trained],
+    }
