@@ -1,5 +1,9 @@
-"""Adapters beside a loaded artifact are PEFT's: what is written here it reads, and what it writes is read here."""
+"""Adapters beside a loaded artifact are PEFT's: what is written here it reads, and what it writes is read here.
 
+And a step of training holds no dense weight.
+"""
+
+import gc
 import json
 import shutil
 
@@ -7,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from specs import EVERY
 from test_artifact import MIXED, compressed
 from tiny_taught import TEXT, by_heart
 from transformers import AutoModelForCausalLM
@@ -14,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from qpruner.do.recover import Material, train_adapters_
 from qpruner.errors import ModelError
 from qpruner.model import adapters
+from qpruner.model.packed import split
 from qpruner.plan import INT8, NF4, QuantSpec
 
 integer = lambda bits, **how: QuantSpec(bits=bits, grid="integer", group_size=8, **how)
@@ -148,3 +154,51 @@ def test_peft_s_adapters_whose_names_are_not_the_model_s_are_refused(nf4, tmp_pa
     save_file({k.replace(".layers.", ".blocks."): t for k, t in load_file(path).items()}, path)
     with pytest.raises(ModelError, match="no linear of the model: 'model.blocks.0"):
         adapters.load_adapters_(loaded(nf4), tmp_path)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+D_OUT, D_IN = 96, 128
+OF_PARTS = [*(spec for spec in MIXED if spec.salient), *(spec for spec in MIXED if spec.activation_bits < 16)]
+
+
+EVERY_KIND = [*EVERY, *OF_PARTS]
+inputs = pytest.mark.parametrize("tokens, dtype", [(4, torch.bfloat16), (80, torch.bfloat16), (80, torch.float32)])
+
+
+def adapted(rand, spec):
+    model = torch.nn.ModuleDict({"linear": split.packed(rand(D_OUT, D_IN), rand(D_OUT), spec)})
+    adapters.inject_adapters_(model, {"linear": 2}, alpha=4.0, dropout=0.1)
+    return model.train()
+
+
+@inputs
+@pytest.mark.parametrize("spec", EVERY_KIND, ids=str)
+def test_a_step_keeps_activations_for_its_way_back_and_no_dense_weight(rand, spec, tokens, dtype):
+    model, saved = adapted(rand, spec), []
+    x = rand(2, tokens // 2, D_IN).to(dtype)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        for given in (x, x.clone().requires_grad_()):  # to the first layer, and to later ones
+            model["linear"](given).sum().backward()
+    assert saved and max(t.numel() for t in saved) < D_OUT * D_IN
+    assert all(p.grad.any() for n, p in model.named_parameters() if ".lora_B." in n)
+
+
+def large_floats() -> set[int]:
+    """Identities of tensors in memory with as many floating-point elements as the weight."""
+    found = (each for each in gc.get_objects() if issubclass(type(each), torch.Tensor))
+    return {id(t) for t in found if t.is_floating_point() and t.numel() >= D_OUT * D_IN}
+
+
+@inputs
+def test_nor_does_anything_else_hold_one(rand, tokens, dtype):
+    models = [adapted(rand, spec) for spec in EVERY_KIND]
+    x = rand(2, tokens // 2, D_IN).to(dtype).requires_grad_()
+    with torch.no_grad():
+        for model in models:
+            model["linear"](x)  # afterwards the tables of what words mean are made, and stay
+    before = large_floats()
+    graphs = [model["linear"](x) for model in models]
+    assert large_floats() <= before
+    sum(y.sum() for y in graphs).backward()
+    assert large_floats() <= before
