@@ -12,7 +12,7 @@ FLOORS = {
     "testing": 5, "support": 6, "shape": 6, "prepare": 6, "job": 6, "refitting": 6, "rounding": 6, "deciding": 6,
     "joint": 6, "drafting": 6, "recovering": 6, "merging": 6, "judging": 6, "damage": 6, "body": 6, "loading": 6,
     "model_card": 6, "serving": 6, "chat": 6, "compress": 6, "retraining": 6, "facts": 6, "study": 6, "exporting": 6,
-    "evaluating": 6, "api": 6, "cli": 7,
+    "evaluating": 6, "inspecting": 6, "api": 6, "cli": 7,
 }  # fmt: skip
 SIDE_BY_SIDE = {"decide", "do", "judge"}
 

@@ -10,7 +10,7 @@ from wrapt import when_imported
 
 __version__ = "0.1.0"
 
-_API = ("compress", "evaluate", "export", "inspect", "study")
+_API = ("compress", "evaluate", "export", "inspect", "recover", "search", "study")
 
 
 @when_imported("transformers.models.auto.configuration_auto")

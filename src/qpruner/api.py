@@ -3,31 +3,28 @@
 import json
 import os
 import shlex
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qpruner import __version__, matrix
 from qpruner import recipe as recipes
-from qpruner.decide import widths
-from qpruner.errors import BudgetError, MemoryLimitError, OutputError
+from qpruner.errors import BudgetError, OutputError
 from qpruner.files import write_text
-from qpruner.joint.points import counts_for
 from qpruner.judge.protocols import Cut
-from qpruner.model import cost, load
+from qpruner.model import load
 from qpruner.plan import Budget
-from qpruner.prepare import Prepared, check_output, limit_of, prepare, require_weights
+from qpruner.prepare import Prepared, bytes_of, check_output, limit_of, prepare, require_weights
 from qpruner.progress import OnProgress, silent
 from qpruner.recipe import Recipe
 from qpruner.report.facts import Facts
 from qpruner.run import Run, digest_of
-from qpruner.shape import any_layers, forecast_for, require_original, shape_of
 from qpruner.study import study as run_study
 
 if TYPE_CHECKING:
     from qpruner.joint.past import Front
+    from qpruner.retraining import Recovery
     from qpruner.serving import Serving
 
 
@@ -163,6 +160,50 @@ def compress(
     return Result(output, report, facts)
 
 
+def recover(
+    model: str,
+    output: str | Path,
+    *,
+    teacher: str | None = None,
+    recipe: str | Recipe = "recover",
+    training: str | Path | None = None,
+    search_text: str | Path | None = None,
+    evaluation: str | Path | None = None,
+    seed: int = 0,
+    memory_limit: str | None = None,
+    trust_remote_code: bool = False,
+    on_progress: OnProgress = silent,
+) -> "Recovery | None":
+    """Train adapters beside a finished artifact, of any recipe; the same call continues an interrupted training.
+
+    Args:
+        model: the folder of an artifact. One that has adapters goes on with them.
+        output: the folder of the result; the run is kept in OUTPUT.run.
+        teacher: the model that was compressed, whose predictions are learned; without it the next token is, unless the
+            original is the bundled model.
+        recipe: its keys of recovery are what counts.
+        training: text, or rows of instructions with answers, of which the answers are learned; by default as for the
+            calibration of `compress`. search_text, evaluation: likewise; both must be other texts.
+        the others: as for `compress`.
+    Returns:
+        None in a process that torchrun or `accelerate launch` started beside the first.
+    Raises:
+        QPrunerError: the request or its input cannot be served; nothing was written.
+    """
+    from qpruner import retraining
+
+    chosen, texts = _recipe(recipe), {"training": training, "search_text": search_text, "evaluation": evaluation}
+    words = ["qpruner", "recover", model, "-o", str(output), "--recipe", chosen.name]
+    for name, value in ({"teacher": teacher} | texts).items():
+        words += [] if value is None else ["--" + name.replace("_", "-"), str(value)]
+    words += ["--trust-remote-code"] * trust_remote_code + ["--seed", str(seed)]
+    return retraining.recover(
+        model, Path(output), teacher=teacher, recipe=chosen, seed=seed,
+        memory_limit=None if memory_limit is None else bytes_of(memory_limit), command=shlex.join(words),
+        trust_remote_code=trust_remote_code, on_progress=on_progress, **{k: v and Path(v) for k, v in texts.items()},
+    )  # fmt: skip
+
+
 def search(
     model: str,
     budgets: Sequence[str],
@@ -284,82 +325,9 @@ def inspect(
         layers, parameters, bytes, the kept units of each group, peak memory of each stage on this machine, and what the
         result will load in. Of an artifact: `layers`, `formats`, `bytes` and `loads_in`.
     """
-    from qpruner.body import body_of, body_of_plan
-    from qpruner.loading import loading
-    from qpruner.model.depth import shortened_config
+    from qpruner import inspecting
 
-    source = load.inspect_source(model, trust_remote_code=trust_remote_code)
-    place = str(source.folder or source.name)
-    if source.parameters is None:
-        return _inspected(source, body_of(source), recipe, budget)
-    shape = shape_of(source)
-    found = {
-        "model": source.name,
-        "architecture": (source.config.architectures or [source.config.model_type])[0],
-        "parameters": source.parameters,
-        "bytes_16bit": source.bytes_16bit,
-        "layers": len(shape.graph.layers),
-        "groups": [
-            {"name": g.name, "layer": g.layer, "kind": g.kind, "units": g.n_units, "prunable": g.n_units > g.n_blocks}
-            for g in shape.graph.groups.values()
-        ],
-        "notes": list(shape.graph.notes),
-        "loads_in": [row.to_json() for row in loading(body_of(source), place)],
-    }
-    if recipe is None and budget is None:
-        return found
-    chosen = recipes.load(recipe or "qpruner") if not isinstance(recipe, Recipe) else recipe
-    limit = limit_of(Budget.parse(budget), source) if budget else source.bytes_16bit
-    shape = any_layers(shape, chosen, limit)
-    counts = counts_for(shape, chosen, limit)
-    kept = widths.first_units(shape.graph, counts)
-    sizes = {bits: shape.size(shape.plan(chosen, kept, bits)) for bits in chosen.bits}
-    stored = shape.stored(shape.plan(chosen, kept, 16, embeddings={}))
-    largest = max((s.total for s in sizes.values() if s.total <= limit), default=min(s.total for s in sizes.values()))
-    length = min(chosen.window, source.context_length or chosen.window)
-    try:
-        stages = forecast_for(shape, chosen, counts, length, None).stages
-    except MemoryLimitError as error:
-        stages = {}
-        found["notes"].append(str(error))
-    found["predicted"] = {
-        "recipe": chosen.name,
-        "layers": len(shape.graph.layers),
-        "parameters": cost.parameter_count(stored),
-        "bytes": min(limit, sizes[chosen.bits[-1]].total) if len(chosen.bits) > 1 else largest,
-        "limit_bytes": limit,
-        "bytes_by_bits": {str(bits): s.total for bits, s in sizes.items()},
-        "kept": counts,
-        "memory_bytes": stages,
-    }
-    config = shortened_config(source.config, shape.layers)
-    body = body_of_plan(source, config, shape.graph, shape.plan(chosen, kept, chosen.bits[0]))
-    found["predicted"]["loads_in"] = [row.to_json() for row in loading(body, "OUT")]
-    if chosen.allocation == "joint" or chosen.scope == "global":
-        found["predicted"]["note"] = (
-            "Widths here are the same in every layer; this recipe may leave each layer another one, and then the stock "
-            "class and llama.cpp take it only where the sentences speak of layers."
-        )
-    return found
-
-
-def _inspected(source: load.Source, body, recipe, budget) -> dict:
-    """Of an artifact, of which there is nothing to predict."""
-    from qpruner.artifact.save import weight_bytes
-    from qpruner.loading import loading
-
-    if recipe is not None or budget is not None:
-        require_original(source)
-    formats = Counter(str(spec) for spec, _ in body.specs.values())
-    return {
-        "model": source.name,
-        "architecture": (body.config.architectures or [body.config.model_type])[0],
-        "bytes": weight_bytes(source.folder),
-        "layers": [asdict(layer) for layer in body.widths],
-        "formats": dict(formats) | {name: str(spec) for name, spec in body.embeddings.items()},
-        "adapters": "beside" if body.adapters_beside else "none beside",
-        "loads_in": [row.to_json() for row in loading(body, str(source.folder))],
-    }
+    return inspecting.inspect(model, recipe=recipe, budget=budget, trust_remote_code=trust_remote_code)
 
 
 def evaluate(

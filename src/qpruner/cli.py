@@ -74,6 +74,10 @@ Evaluation = Annotated[
     Path | None,
     typer.Option("--evaluation", help="Held-out text for the report. Default: a part of the calibration file."),
 ]
+Training = Annotated[
+    Path | None,
+    typer.Option("--training", help="Text for adapters; of rows with instruction and output the output is learned."),
+]
 MemoryLimit = Annotated[
     str | None,
     typer.Option(
@@ -124,6 +128,47 @@ def compress(
             memory_limit=memory_limit, seed=seed, trust_remote_code=trust_remote_code, on_progress=on_progress,
         )  # fmt: skip
     _show_result(result, as_json)
+
+
+@app.command()
+@with_status
+def recover(
+    model: Annotated[str, typer.Argument(help="The folder of an artifact, of any recipe.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The result; its run is in OUTPUT.run.")],
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", help="The model that was compressed, to learn from its predictions.")
+    ] = None,
+    recipe: RecipeText = "recover",
+    training: Training = None,
+    search_text: SearchText = None,
+    evaluation: Evaluation = None,
+    memory_limit: MemoryLimit = None,
+    seed: Seed = 0,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train adapters on a finished artifact, taught by the original; the same command continues.
+
+    Several processes train together: torchrun --nproc_per_node 2 -m qpruner.cli recover ..., or accelerate launch.
+    """
+    from qpruner import api
+    from qpruner.progress import bars
+
+    with bars() as on_progress:
+        found = api.recover(
+            model, output, teacher=teacher, recipe=recipe, training=training, search_text=search_text,
+            evaluation=evaluation, seed=seed, memory_limit=memory_limit, trust_remote_code=trust_remote_code,
+            on_progress=on_progress,
+        )  # fmt: skip
+    if found is None:
+        return
+    if as_json:
+        _print_json(found.to_json())
+        return
+    from qpruner.report.retrained import retrained_table
+
+    _print(retrained_table(found.facts))
+    typer.echo(f"artifact  {found.artifact}\nreport    {found.report}\n\n{found.facts.snippet}")
 
 
 @app.command()

@@ -19,11 +19,11 @@ def draw_damage(facts: Facts) -> "Figure":
     before = [losses[0], *losses[:-1]]
     parts = (
         ("loss", [min(pair) for pair in zip(losses, before, strict=True)], [FAINT, *[BLUE] * (len(stages) - 1)]),
-        ("more than a stage before", [max(0.0, new - old) for new, old in zip(losses, before, strict=True)], ORANGE),
-        ("gone since then", [max(0.0, old - new) for new, old in zip(losses, before, strict=True)], GREEN),
+        ("more than the stage before", [max(0.0, new - old) for new, old in zip(losses, before, strict=True)], ORANGE),
+        ("less than the stage before", [max(0.0, old - new) for new, old in zip(losses, before, strict=True)], GREEN),
     )
     for name, widths, colour in parts:
-        pattern = dict(shape="/" if name == "gone since then" else "")
+        pattern = dict(shape="/" if name == "less than the stage before" else "")
         figure.add_bar(
             name=name,
             orientation="h",
