@@ -3,14 +3,12 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from qpruner.artifact.loader import ADAPTER
-from qpruner.artifact.opened import open_stream
-from qpruner.files import file_digest
+from qpruner.artifact.opened import artifact_digest, open_stream
 from qpruner.job import Job
 from qpruner.judge import divergence as divergence_of
 from qpruner.judge import loss as judge
 from qpruner.judge.turns import in_turn
-from qpruner.model import checkpoint, load, memory
+from qpruner.model import load, memory
 from qpruner.model.scratch import Scratch
 from qpruner.model.whole import Streamable
 from qpruner.run import digest_of
@@ -34,11 +32,7 @@ def judge_original(job: Job) -> dict:
 def judge_artifact(job: Job, folder: Path) -> dict:
     """Of what was written, loaded anew: the numbers are those of the files."""
     windows = job.prepared.evaluation
-    weights = checkpoint.weights_digest(folder)
-    beside = folder / ADAPTER
-    if beside.is_dir():  # the same base with other adapters is another model
-        weights = digest_of([weights, file_digest(beside)])
-    inputs = job.inputs(windows=digest_of(windows.ids.tolist()), artifact=weights)
+    inputs = job.inputs(windows=digest_of(windows.ids.tolist()), artifact=artifact_digest(folder))
     with job.scratch("artifact", inputs) as ours, job.scratch("reference", inputs) as theirs:
 
         def artifact() -> judge.Streamed:
@@ -84,7 +78,7 @@ def judge_speed(job: Job, folder: Path) -> dict[str, dict]:
             found["artifact"]["speed"]["ratios"] = {key: asdict(ratio) for key, ratio in ratios.items()}
         return found
 
-    weights = {name: checkpoint.weights_digest(place) for name, place in folders.items()}
+    weights = {name: artifact_digest(place) for name, place in folders.items()}
     return job.run.values("speed", {"weights": weights, "rounds": ROUNDS}, compute)
 
 
