@@ -30,7 +30,7 @@ class Request:
     """An artifact that can be trained, with all that is known before its weights are read.
 
     plan: of the result, with adapters beside the base. begun: whether the artifact has adapters that are gone on with.
-    manifest: of the artifact. digest: of its weights and adapters. notes: what a person should know of the choices made.
+    manifest: of the artifact. digest: of its weights and adapters. notes: what a person should know of choices.
     """
 
     source: load.Source
