@@ -9,6 +9,8 @@ from qpruner.files import file_digest
 from qpruner.job import Job
 from qpruner.judge import divergence as divergence_of
 from qpruner.judge import loss as judge
+from qpruner.judge.paired import compare
+from qpruner.judge.tasks import TaskReport, require_room, zero_shot
 from qpruner.judge.turns import in_turn
 from qpruner.model import checkpoint, load, memory
 from qpruner.model.scratch import Scratch
@@ -34,10 +36,7 @@ def judge_original(job: Job) -> dict:
 def judge_artifact(job: Job, folder: Path) -> dict:
     """Of what was written, loaded anew: the numbers are those of the files."""
     windows = job.prepared.evaluation
-    weights = checkpoint.weights_digest(folder)
-    beside = folder / ADAPTER
-    if beside.is_dir():  # the same base with other adapters is another model
-        weights = digest_of([weights, file_digest(beside)])
+    weights = digest_of_files(folder)
     inputs = job.inputs(windows=digest_of(windows.ids.tolist()), artifact=weights)
     with job.scratch("artifact", inputs) as ours, job.scratch("reference", inputs) as theirs:
 
@@ -84,8 +83,45 @@ def judge_speed(job: Job, folder: Path) -> dict[str, dict]:
             found["artifact"]["speed"]["ratios"] = {key: asdict(ratio) for key, ratio in ratios.items()}
         return found
 
-    weights = {name: checkpoint.weights_digest(place) for name, place in folders.items()}
+    weights = {name: digest_of_files(place) for name, place in folders.items()}
     return job.run.values("speed", {"weights": weights, "rounds": ROUNDS}, compute)
+
+
+def digest_of_files(folder: Path) -> str:
+    """Of the weights, and of adapters beside them: the same base with others is another model."""
+    weights, beside = checkpoint.weights_digest(folder), folder / ADAPTER
+    return digest_of([weights, file_digest(beside)]) if beside.is_dir() else weights
+
+
+def judge_tasks(job: Job, folder: Path) -> dict | None:
+    """Zero-shot scores of the original and of the artifact, and what changed from one to the other; None if not asked
+    for.
+
+    Raises:
+        MemoryLimitError: a model does not fit in memory as a whole.
+    """
+    if job.tasks is None:
+        return None
+    trust = {"trust_remote_code": job.shape.source.trust_remote_code}
+    asked = asdict(job.tasks) | {"folder": str(job.tasks.folder)}
+    reports = []
+    for which, place in (("original", job.shape.source.folder), ("artifact", folder)):
+
+        def compute(which=which, place=place) -> dict:
+            source = load.inspect_source(str(place), **trust)
+            require_room(source.tensors, job.prepared.forecast.limit)
+            model = load.load_model(source)
+            report = zero_shot(
+                model, job.prepared.tokenizer, job.tasks.names, folder=job.tasks.folder, limit=job.tasks.limit,
+                on_progress=lambda stage, *rest: job.on_progress(f"{stage}, {which}", *rest),
+            )  # fmt: skip
+            return report.to_dict(rows=True)
+
+        inputs = {"weights": digest_of_files(place), "tasks": asked}
+        reports.append(TaskReport.from_dict(job.run.values(f"{which}-tasks", inputs, compute)))
+    return {
+        "original": reports[0].to_dict(), "artifact": reports[1].to_dict(), "changes": compare(*reports).to_dict(),
+    }  # fmt: skip
 
 
 def loss_values(report: judge.LossReport) -> dict:
