@@ -374,8 +374,8 @@ def evaluate(
         windows, tokens: at most so many windows (rows) or predicted tokens, from the start.
         detokenised: undo WikiText's tokeniser first.
         reference: another model, for the KL divergence to it, agreement with it, and tokens on which it was right.
-        tasks, tasks_dir, tasks_limit: zero-shot tasks through lm-evaluation-harness, by name; from files in a folder, as
-            `qpruner.judge.task_files` says, or else from the Hugging Face Hub; at most so many questions of each.
+        tasks, tasks_dir, tasks_limit: zero-shot tasks through lm-evaluation-harness, by name; from files in a folder,
+            as `qpruner.judge.task_files` says, or else from the Hugging Face Hub; at most so many questions of each.
         speed: also tokens per second and memory, each model in fresh processes and in turn with the reference.
         threads: of torch, for the speed.
         memory_limit: as for `compress`.
@@ -386,8 +386,8 @@ def evaluate(
     cut = Cut(protocol, window, stride, windows, tokens, detokenised)
     asked = Asked.of(tasks, tasks_dir, tasks_limit)
     return evaluating.evaluate(
-        model, text=text, cut=cut, reference=reference, tasks=asked, speed=speed, threads=threads, memory_limit=memory_limit,
-        trust_remote_code=trust_remote_code, on_progress=on_progress,
+        model, text=text, cut=cut, reference=reference, tasks=asked, speed=speed, threads=threads,
+        memory_limit=memory_limit, trust_remote_code=trust_remote_code, on_progress=on_progress,
     )  # fmt: skip
 
 

@@ -136,8 +136,8 @@ def compress(
 
     with bars() as on_progress:
         result = api.compress(
-            model, budget, output, recipe=recipe, from_run=from_run, target=target, calibration=calibration, training=training,
-            search_text=search_text, evaluation=evaluation, trials=trials, workers=workers, ray=ray,
+            model, budget, output, recipe=recipe, from_run=from_run, target=target, calibration=calibration,
+            training=training, search_text=search_text, evaluation=evaluation, trials=trials, workers=workers, ray=ray,
             tasks=names_of(tasks), tasks_dir=tasks_dir, tasks_limit=tasks_limit, tolerance=tolerance,
             memory_limit=memory_limit, seed=seed, trust_remote_code=trust_remote_code, on_progress=on_progress,
         )  # fmt: skip

@@ -95,7 +95,9 @@ def evaluation_tables(found: dict) -> list[Table]:
     if "tasks" in found:
         tables.append(study_table(SCORES_HEAD, score_rows(found["tasks"]), caption=scores_note(found["tasks"])))
     if "changes" in found:
-        tables.append(study_table(CHANGES_HEAD, change_rows(found["changes"]), title="from the reference to the model"))
+        shown = [CHANGES_HEAD.index(name) for name in ("task", "before", "after", "change ± s.e.", "p", "flips")]
+        head, *rows = (tuple(row[i] for i in shown) for row in (CHANGES_HEAD, *change_rows(found["changes"])))
+        tables.append(study_table(head, rows, title="from the reference to the model, the same questions"))
     return [*tables, *([speed_table(found["speed"])] if "speed" in found else [])]
 
 
