@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qpruner import recipe
 from qpruner import shape as shaping
+from qpruner.artifact.opened import artifact_digest
 from qpruner.artifact.save import save_artifact, weight_bytes
 from qpruner.do.quantize import Candidates
 from qpruner.errors import ModelError
-from qpruner.model import load
+from qpruner.model import adapters, checkpoint, load
 from qpruner.model.surgery import narrow_
 from qpruner.plan import Format, QuantSpec
 
@@ -93,6 +95,18 @@ def test_scales_keep_their_precision_whatever_dtype_is_asked_for(tmp_path):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         assert {b.dtype for n, b in model.named_buffers() if n.endswith("scales")} == {torch.float16}
         assert model.get_input_embeddings().weight.dtype == dtype
+
+
+def test_the_digest_of_an_artifact_has_its_adapters_in_it(tmp_path):
+    folder, *_ = compressed("llama", tmp_path, bits=(4, 8))
+    found = [artifact_digest(folder)]
+    file = folder / "adapter" / adapters.TENSORS_FILE
+    adapters.save_file({name: 2 * t for name, t in adapters.load_file(file).items()}, file)
+    found.append(artifact_digest(folder))
+    shutil.rmtree(folder / "adapter")
+    found.append(artifact_digest(folder))
+    assert len(set(found)) == 3 and found[2] == checkpoint.weights_digest(folder)
+    assert artifact_digest(folder, weights="known") == "known"
 
 
 def test_a_changed_folder_is_refused(tmp_path):

@@ -118,6 +118,23 @@ def test_the_reported_loss_is_that_of_the_files(result):
     assert found["loss"] == pytest.approx(manifest["evaluation"]["artifact"]["loss"], abs=1e-6)
 
 
+def test_other_adapters_beside_the_same_base_are_judged_anew(model, tmp_path):
+    """Runs that have stages in common find the base's digest, and must not take it for the artifact's."""
+    common = dict(shared=tmp_path / "common")
+    recipe = f"qpruner[{QUICK},allocation=uniform,adapters=beside,learning_rate=%s]"
+    slow, fast = (compress(model, tmp_path / rate, recipe=recipe % rate, **common) for rate in ("0.0001", "0.05"))
+    ours, theirs = weights(slow.artifact), weights(fast.artifact)
+    assert ours["model.safetensors"] == theirs["model.safetensors"]
+    assert ours["adapter/adapter_model.safetensors"] != theirs["adapter/adapter_model.safetensors"]
+    for result in (slow, fast):
+        loss = api.evaluate(str(result.artifact), window=64, windows=4)["loss"]
+        assert result.facts.metric("loss").after == pytest.approx(loss, abs=1e-6)
+    for name in ("loss", "KL to the original"):
+        assert abs(slow.facts.metric(name).after - fast.facts.metric(name).after) > 1e-3
+    one, other = (result.facts.damage.stages[-1] for result in (slow, fast))
+    assert one.stage == other.stage == "recovered" and abs(one.loss - other.loss) > 1e-3
+
+
 def test_it_generates_in_its_stored_dtype_in_a_fresh_process(result):
     """One token at a time in bfloat16, the default: where a kernel of torch once read past the end of a weight."""
     found = subprocess.run(

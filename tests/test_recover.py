@@ -4,9 +4,13 @@ import pytest
 import torch
 from tiny_taught import LAYERS, TEXT, adapters_of, by_heart, examples, packed, taught
 
+from qpruner import recipe
+from qpruner import shape as shaping
+from qpruner.decide.widths import counts as widths_of
 from qpruner.do.objective import Objective, compared_layers, labels_of
 from qpruner.do.recover import Material, last_checkpoint, order_of, part_of, train_adapters_
 from qpruner.errors import RecipeError
+from qpruner.model.load import inspect_source
 
 
 @pytest.fixture
@@ -151,6 +155,18 @@ def test_parts_are_equal_shares():
     assert part_of(8, 2, None) == 4 and part_of(6, 2, 2) == 1
     with pytest.raises(RecipeError, match=r"batch of 9 cannot be shared evenly by 2 processes"):
         part_of(9, 2, None)
+
+
+def test_the_forecast_counts_what_is_in_memory_at_once(small_llama):
+    shape = shaping.shape_of(inspect_source(small_llama))
+
+    def tokens(**changes) -> int:
+        chosen = recipe.load("llm-pruner").but({"batch_size": 8, **changes})
+        return shaping.work_for(shape, chosen, widths_of(shape.graph, chosen, 1.0), 64).training_tokens
+
+    assert [tokens(micro_batch=most) // 64 for most in (None, 8, 5, 3, 1)] == [8, 8, 4, 2, 1]
+    assert tokens(steps=0) == tokens(adapter_rank=0) == 0
+    assert tokens(micro_batch=1, network_steps=3, bits=[4], loftq_iterations=0, tuning_batch=4) == 4 * 64
 
 
 def test_no_example_comes_up_again_before_all_others_have():

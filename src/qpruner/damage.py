@@ -9,12 +9,12 @@ from pathlib import Path
 
 from torch import nn
 
-from qpruner.artifact.opened import open_stream
+from qpruner.artifact.opened import artifact_digest, open_stream
 from qpruner.decide import widths
 from qpruner.job import Job
 from qpruner.judge import divergence
 from qpruner.judge import loss as judge
-from qpruner.model import checkpoint, load
+from qpruner.model import load
 from qpruner.model.corpus import Windows
 from qpruner.model.scratch import Scratch
 from qpruner.model.whole import Streamable
@@ -74,7 +74,7 @@ class StageLosses:
             return open_stream(written, dtype=job.precision, **job.where())
 
         if self._on:
-            self._measure(job, stage, {"artifact": checkpoint.weights_digest(folder)}, artifact)
+            self._measure(job, stage, {"artifact": artifact_digest(folder)}, artifact)
         self._reference.clear()
 
     def _of(self, job: Job, kept: widths.Kept) -> dict:

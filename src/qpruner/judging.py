@@ -3,16 +3,14 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from qpruner.artifact.loader import ADAPTER
-from qpruner.artifact.opened import open_stream
-from qpruner.files import file_digest
+from qpruner.artifact.opened import artifact_digest, open_stream
 from qpruner.job import Job
 from qpruner.judge import divergence as divergence_of
 from qpruner.judge import loss as judge
 from qpruner.judge.paired import compare
 from qpruner.judge.tasks import TaskReport, require_room, zero_shot
 from qpruner.judge.turns import in_turn
-from qpruner.model import checkpoint, load, memory
+from qpruner.model import load, memory
 from qpruner.model.scratch import Scratch
 from qpruner.model.whole import Streamable
 from qpruner.run import digest_of
@@ -36,8 +34,7 @@ def judge_original(job: Job) -> dict:
 def judge_artifact(job: Job, folder: Path) -> dict:
     """Of what was written, loaded anew: the numbers are those of the files."""
     windows = job.prepared.evaluation
-    weights = digest_of_files(folder)
-    inputs = job.inputs(windows=digest_of(windows.ids.tolist()), artifact=weights)
+    inputs = job.inputs(windows=digest_of(windows.ids.tolist()), artifact=artifact_digest(folder))
     with job.scratch("artifact", inputs) as ours, job.scratch("reference", inputs) as theirs:
 
         def artifact() -> judge.Streamed:
@@ -83,14 +80,8 @@ def judge_speed(job: Job, folder: Path) -> dict[str, dict]:
             found["artifact"]["speed"]["ratios"] = {key: asdict(ratio) for key, ratio in ratios.items()}
         return found
 
-    weights = {name: digest_of_files(place) for name, place in folders.items()}
+    weights = {name: artifact_digest(place) for name, place in folders.items()}
     return job.run.values("speed", {"weights": weights, "rounds": ROUNDS}, compute)
-
-
-def digest_of_files(folder: Path) -> str:
-    """Of the weights, and of adapters beside them: the same base with others is another model."""
-    weights, beside = checkpoint.weights_digest(folder), folder / ADAPTER
-    return digest_of([weights, file_digest(beside)]) if beside.is_dir() else weights
 
 
 def judge_tasks(job: Job, folder: Path) -> dict | None:
@@ -117,7 +108,7 @@ def judge_tasks(job: Job, folder: Path) -> dict | None:
             )  # fmt: skip
             return report.to_dict(rows=True)
 
-        inputs = {"weights": digest_of_files(place), "tasks": asked}
+        inputs = {"weights": artifact_digest(place), "tasks": asked}
         reports.append(TaskReport.from_dict(job.run.values(f"{which}-tasks", inputs, compute)))
     return {
         "original": reports[0].to_dict(), "artifact": reports[1].to_dict(), "changes": compare(*reports).to_dict(),

@@ -13,6 +13,7 @@ import torch
 from qpruner.decide import widths
 from qpruner.decide.draft import draft
 from qpruner.decide.saliences import BATCH_TOKENS
+from qpruner.do.recover import part_of
 from qpruner.errors import BudgetError, ModelError
 from qpruner.model import cost, depth, load, memory
 from qpruner.model.discover import discover
@@ -283,7 +284,7 @@ def work_for(shape: Shape, recipe: Recipe, counts: widths.Counts, window: int) -
         packs_embeddings=recipe.embedding_bits < 16 or (recipe.allocation == "joint" and recipe.pack_embeddings),
         tries=recipe.allocation == "joint",
         training_tokens=max(
-            recipe.batch_size * window if recipe.steps and recipe.adapter_rank else 0,
+            part_of(recipe.batch_size, 1, recipe.micro_batch) * window if recipe.steps and recipe.adapter_rank else 0,
             recipe.tuning_batch * window if tunes_network(recipe) else 0,
         ),
     )

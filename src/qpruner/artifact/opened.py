@@ -1,14 +1,28 @@
 """A model or an artifact of ours, opened to be read layer by layer."""
 
+from pathlib import Path
+
 from qpruner.artifact.config import MODEL_TYPE
 from qpruner.artifact.loader import ADAPTER, WEIGHTS, shell
-from qpruner.model import adapters
+from qpruner.files import file_digest
+from qpruner.model import adapters, checkpoint
 from qpruner.model.discover import discover
 from qpruner.model.graph import Graph
 from qpruner.model.load import Source
 from qpruner.model.skeleton import build_skeleton
 from qpruner.model.tensors import Named, Renamed, Stored
 from qpruner.model.whole import Streamable, opened
+from qpruner.run import digest_of
+
+
+def artifact_digest(folder: Path, *, weights: str | None = None) -> str:
+    """sha256 of what a model or an artifact holds: the same base with other adapters beside it is another model.
+
+    Args:
+        weights: digest of the weight files, where it is known.
+    """
+    weights, beside = weights or checkpoint.weights_digest(folder), folder / ADAPTER
+    return digest_of([weights, file_digest(beside)]) if beside.is_dir() else weights
 
 
 def open_stream(source: Source, *, graph: Graph | None = None, **how) -> Streamable:

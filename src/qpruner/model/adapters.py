@@ -29,6 +29,15 @@ TENSORS_FILE = "adapter_model.safetensors"
 ADAPTER = "default"
 PREFIX = "base_model.model."
 
+# Fields of PEFT's configuration with which it computes something else than W x + alpha / r B A x.
+OTHER_KINDS = (
+    "alpha_pattern", "use_rslora", "use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save",
+    "trainable_token_indices", "layer_replication", "target_parameters", "alora_invocation_tokens", "arrow_config",
+    "kasa_config", "monteclora_config", "velora_config",
+)  # fmt: skip
+# Starts that leave the weights as they are; pissa, olora and others take out of W what A and B begin with.
+STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+
 
 def inject_adapters_(
     model: nn.Module, ranks: Mapping[str, int], *, alpha: float, dropout: float, seed: int = 0
@@ -223,6 +232,7 @@ def read_adapters(folder: Path) -> tuple[dict[str, int], float, float, dict[str,
         state = load_file(folder / TENSORS_FILE)
     except (json.JSONDecodeError, SafetensorError) as error:
         raise ModelError(f"the adapters in {folder} are damaged: {error}") from None
+    check_kind(config, folder)
     linears = sorted({key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in state})
     weights = {}
     for linear in linears:
@@ -233,14 +243,24 @@ def read_adapters(folder: Path) -> tuple[dict[str, int], float, float, dict[str,
     if state:
         raise ModelError(f"the adapters in {folder} hold tensors that are no LoRA factors: {listed(state)}")
     check_effect({tensor_names(n)[1]: B for n, (_, B) in weights.items()}, f"the adapters in {folder}")
-    if (
-        config.get("peft_type") != "LORA"
-        or config.get("alpha_pattern")
-        or config.get("use_rslora")
-        or config.get("use_dora")
-    ):
-        raise ModelError(f"the adapters in {folder} are of a kind that is not supported; plain LoRA with one alpha is")
     return {n: len(A) for n, (A, _) in weights.items()}, config["lora_alpha"], config["lora_dropout"], weights
+
+
+def check_kind(config: Mapping, folder: Path) -> None:
+    """Refuses what would be read as plain LoRA and is none. config: of PEFT, as its file has it."""
+    if config.get("peft_type") != "LORA":
+        found = [f"peft_type {config.get('peft_type')}"]
+    else:
+        found = [name for name in OTHER_KINDS if config.get(name)]
+        if config.get("bias", "none") != "none":
+            found.append(f"bias {config['bias']}")
+        if config.get("init_lora_weights") not in STARTS:
+            found.append(f"init_lora_weights {config['init_lora_weights']}")
+    if found:
+        raise ModelError(
+            f"the adapters in {folder} are of a kind that is not supported: their {CONFIG_FILE} has {', '.join(found)}."
+            " Accepted: plain LoRA beside linears, of any ranks, with one alpha."
+        )
 
 
 @torch.no_grad()

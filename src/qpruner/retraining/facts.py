@@ -90,7 +90,7 @@ def manifest_of(request: Request, found: Retrained) -> dict:
     judged = {"artifact": loss, **({"kl": found.after["kl"]} if "kl" in found.after else {})}
     trained = {
         "adapters": found.plan.adapters,
-        "artifact": request.weights_digest,
+        "artifact": request.digest,
         "recipe": request.recipe.name,
         "recovery": found.plan.recovery.model_dump(mode="json"),
         "seed": request.seed,

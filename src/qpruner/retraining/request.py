@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qpruner import __version__
 from qpruner.artifact.loader import ADAPTER, PLAN
-from qpruner.artifact.opened import open_stream
+from qpruner.artifact.opened import artifact_digest, open_stream
 from qpruner.decide.ranks import uniform
 from qpruner.errors import MemoryLimitError, ModelError, RecipeError
 from qpruner.model import adapters, checkpoint, corpus, load, memory
@@ -30,7 +30,7 @@ class Request:
     """An artifact that can be trained, with all that is known before its weights are read.
 
     plan: of the result, with adapters beside the base. begun: whether the artifact has adapters that are gone on with.
-    manifest: of the artifact. note: what a person should know of the choices made.
+    manifest: of the artifact. digest: of its weights and adapters. notes: what a person should know of choices.
     """
 
     source: load.Source
@@ -46,7 +46,7 @@ class Request:
     search: Windows
     evaluation: Windows
     seed: int
-    weights_digest: str
+    digest: str
     notes: tuple[str, ...]
 
     @property
@@ -62,7 +62,7 @@ class Request:
         """All that the result's bytes depend on."""
         return {
             "qpruner": __version__,
-            "artifact": self.weights_digest,
+            "artifact": self.digest,
             "plan": self.plan.model_dump(mode="json"),
             "teacher": self.teacher and checkpoint.weights_digest(self.teacher.folder),
             "recipe": self.recipe.model_dump(mode="json"),
@@ -121,7 +121,7 @@ def request_for(
         texts=texts, training=learned(texts.calibration, n=recipe.steps * recipe.batch_size, fewest=4),
         validation=validation, search=cut(texts.search, n_windows=recipe.search_windows, fewest=2, seed=seed),
         evaluation=cut(texts.evaluation, n_windows=recipe.evaluation_windows, fewest=2), seed=seed,
-        weights_digest=checkpoint.checked_digest(source.folder), notes=tuple(notes),
+        digest=artifact_digest(source.folder, weights=checkpoint.checked_digest(source.folder)), notes=tuple(notes),
     )  # fmt: skip
 
 

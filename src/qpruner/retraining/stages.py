@@ -49,7 +49,7 @@ def retrain(request: Request, run: Run, folder: Path, on_progress: OnProgress) -
     """All stages; the result is written into `folder`. None in a process that only takes part in the training."""
     inputs = request.inputs()
     size_before = weight_bytes(request.source.folder)
-    judged_with = {"artifact": request.weights_digest, "teacher": inputs["teacher"]}
+    judged_with = {"artifact": request.digest, "teacher": inputs["teacher"]}
     judged_with["windows"] = digest_of(request.evaluation.ids.tolist())
     of = partial(_judged, request, on_progress)
     before = run.values("before", judged_with, lambda: of(request.source, "the artifact"))
