@@ -13,6 +13,7 @@ from qpruner import recipe as recipes
 from qpruner.errors import BudgetError, OutputError
 from qpruner.files import write_text
 from qpruner.judge.protocols import Cut
+from qpruner.judge.tasks import Asked
 from qpruner.model import load
 from qpruner.plan import Budget
 from qpruner.prepare import Prepared, bytes_of, check_output, limit_of, prepare, require_weights
@@ -49,6 +50,7 @@ def compress(
     from_run: str | Path | None = None,
     target: str | None = None,
     calibration: str | Path | None = None,
+    training: str | Path | None = None,
     search_text: str | Path | None = None,
     evaluation: str | Path | None = None,
     trials: int | None = None,
@@ -60,6 +62,9 @@ def compress(
     measure_speed: bool = True,
     measure_kl: bool = True,
     measure_stages: bool = True,
+    tasks: Sequence[str] = (),
+    tasks_dir: str | Path | None = None,
+    tasks_limit: int | None = None,
     tolerance: float = 0.5,
     trust_remote_code: bool = False,
     on_progress: OnProgress = silent,
@@ -75,6 +80,8 @@ def compress(
             then those of the search.
         target: what has to load the result, in place of the recipe's.
         calibration, search_text, evaluation: files of text; see `qpruner.prepare.choose_texts` for what stands in.
+        training: a text for the adapters, in place of the calibration's; of rows with instructions and answers, the
+            answers are learned.
         trials: of the search, in place of the recipe's number.
         workers, ray: processes, or the address of a Ray cluster (`auto`), that evaluate trials of a joint search.
         seed: 0 unless given.
@@ -84,6 +91,7 @@ def compress(
         measure_speed: also time both models, each in a fresh process.
         measure_kl: also judge how far the artifact's predictions are from the original's; twice the work of its loss.
         measure_stages: also measure the loss after every stage, on eight windows of the search text.
+        tasks, tasks_dir, tasks_limit: also score both models on zero-shot tasks; as for `evaluate`.
         tolerance: nats per token that the loss may rise before the result carries a warning.
         trust_remote_code: let Python code that came with the model run; the artifact carries that code on.
         on_progress: called with stage, done, total.
@@ -102,7 +110,10 @@ def compress(
     from qpruner.report.page import page
 
     output = Path(output)
-    texts = {"calibration": calibration, "search_text": search_text, "evaluation": evaluation}
+    asked_tasks = Asked.of(tasks, tasks_dir, tasks_limit)
+    texts = {
+        "calibration": calibration, "training": training, "search_text": search_text, "evaluation": evaluation,
+    }  # fmt: skip
     past = None
     if from_run is None:
         chosen, seed = _recipe(recipe or "auto", trials=trials, target=target), seed or 0
@@ -140,7 +151,9 @@ def compress(
         run.event("start", request=digest_of(request), memory=forecast.stages, resident=forecast.resident)
         on_progress(str(forecast), 1, 1)
         places = Places(workers, ray)
-        job = Job(prepared, run, on_progress, measure_speed, measure_kl, measure_stages, places=places)
+        job = Job(
+            prepared, run, on_progress, measure_speed, measure_kl, measure_stages, places=places, tasks=asked_tasks
+        )
         prepared, decided, measured = carry_out(job, drafted if past is None else past.drafted)
         command = _command(model, budget, output, chosen.name, seed, texts | {"trials": trials}, trust_remote_code)
         body = body_for(prepared, decided.plan)
@@ -341,6 +354,9 @@ def evaluate(
     tokens: int | None = None,
     detokenised: bool = False,
     reference: str | None = None,
+    tasks: Sequence[str] = (),
+    tasks_dir: str | Path | None = None,
+    tasks_limit: int | None = None,
     speed: bool = False,
     threads: int | None = None,
     memory_limit: str | None = None,
@@ -358,6 +374,8 @@ def evaluate(
         windows, tokens: at most so many windows (rows) or predicted tokens, from the start.
         detokenised: undo WikiText's tokeniser first.
         reference: another model, for the KL divergence to it, agreement with it, and tokens on which it was right.
+        tasks, tasks_dir, tasks_limit: zero-shot tasks through lm-evaluation-harness, by name; from files in a folder,
+            as `qpruner.judge.task_files` says, or else from the Hugging Face Hub; at most so many questions of each.
         speed: also tokens per second and memory, each model in fresh processes and in turn with the reference.
         threads: of torch, for the speed.
         memory_limit: as for `compress`.
@@ -366,9 +384,10 @@ def evaluate(
     from qpruner import evaluating
 
     cut = Cut(protocol, window, stride, windows, tokens, detokenised)
+    asked = Asked.of(tasks, tasks_dir, tasks_limit)
     return evaluating.evaluate(
-        model, text=text, cut=cut, reference=reference, speed=speed, threads=threads, memory_limit=memory_limit,
-        trust_remote_code=trust_remote_code, on_progress=on_progress,
+        model, text=text, cut=cut, reference=reference, tasks=asked, speed=speed, threads=threads,
+        memory_limit=memory_limit, trust_remote_code=trust_remote_code, on_progress=on_progress,
     )  # fmt: skip
 
 

@@ -78,6 +78,12 @@ Training = Annotated[
     Path | None,
     typer.Option("--training", help="Text for adapters; of rows with instruction and output the output is learned."),
 ]
+Tasks = Annotated[str, typer.Option("--tasks", help="Zero-shot tasks by name: boolq,piqa,... Needs qpruner[eval].")]
+TasksDir = Annotated[
+    Path | None,
+    typer.Option("--tasks-dir", help="Folder of task files (JSON lines), instead of the Hub. All, or --tasks."),
+]
+TasksLimit = Annotated[int | None, typer.Option("--tasks-limit", min=1, help="At most so many questions of each task.")]
 MemoryLimit = Annotated[
     str | None,
     typer.Option(
@@ -104,11 +110,18 @@ def compress(
     ] = None,
     target: Target = None,
     calibration: Calibration = None,
+    training: Training = None,
     search_text: SearchText = None,
     evaluation: Evaluation = None,
     trials: Trials = None,
     workers: Workers = 0,
     ray: Ray = None,
+    tasks: Tasks = "",
+    tasks_dir: TasksDir = None,
+    tasks_limit: TasksLimit = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Nats per token that the loss may rise before the result carries a warning.")
+    ] = 0.5,
     memory_limit: MemoryLimit = None,
     seed: Annotated[int | None, typer.Option("--seed", help=SEED_HELP)] = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -124,7 +137,8 @@ def compress(
     with bars() as on_progress:
         result = api.compress(
             model, budget, output, recipe=recipe, from_run=from_run, target=target, calibration=calibration,
-            search_text=search_text, evaluation=evaluation, trials=trials, workers=workers, ray=ray,
+            training=training, search_text=search_text, evaluation=evaluation, trials=trials, workers=workers, ray=ray,
+            tasks=names_of(tasks), tasks_dir=tasks_dir, tasks_limit=tasks_limit, tolerance=tolerance,
             memory_limit=memory_limit, seed=seed, trust_remote_code=trust_remote_code, on_progress=on_progress,
         )  # fmt: skip
     _show_result(result, as_json)
@@ -202,7 +216,7 @@ def search(
     with bars() as on_progress:
         found = api.search(
             model, budgets.split(","), output, recipe=recipe, target=target, calibration=calibration,
-            search_text=search_text, trials=trials, controls=[name for name in controls.split(",") if name],
+            search_text=search_text, trials=trials, controls=names_of(controls),
             workers=workers, ray=ray, memory_limit=memory_limit, seed=seed, trust_remote_code=trust_remote_code,
             on_progress=on_progress,
         )  # fmt: skip
@@ -295,6 +309,9 @@ def evaluate(
     reference: Annotated[
         str | None, typer.Option(help="Also how far the predictions are from this model's: KL, agreement, flips.")
     ] = None,
+    tasks: Tasks = "",
+    tasks_dir: TasksDir = None,
+    tasks_limit: TasksLimit = None,
     speed: Annotated[
         bool, typer.Option("--speed", help="Also tokens per second and memory, in turn with the reference.")
     ] = False,
@@ -310,7 +327,8 @@ def evaluate(
     with bars() as on_progress:
         found = api.evaluate(
             model, text=text, protocol=protocol, window=window, stride=stride, windows=windows, tokens=tokens,
-            detokenised=detokenised, reference=reference, speed=speed, threads=threads, memory_limit=memory_limit,
+            detokenised=detokenised, reference=reference, tasks=names_of(tasks), tasks_dir=tasks_dir,
+            tasks_limit=tasks_limit, speed=speed, threads=threads, memory_limit=memory_limit,
             trust_remote_code=trust_remote_code, on_progress=on_progress,
         )  # fmt: skip
     if as_json:
@@ -481,6 +499,11 @@ def study(
         for sentence in section.failures:
             typer.echo(f"failed: {sentence}", err=True)
     typer.echo(f"plots  {output / 'study.html'}\ntable  {output / 'table.md'}")
+
+
+def names_of(text: str) -> list[str]:
+    """Names with commas between them."""
+    return [name for name in text.split(",") if name]
 
 
 def _show_result(result, as_json: bool) -> None:

@@ -27,7 +27,7 @@ from qpruner.drafting import Drafted, completed, drafted
 from qpruner.job import Job, unfinished
 from qpruner.judge import divergence
 from qpruner.judge import loss as judge
-from qpruner.judging import judge_artifact, judge_original, judge_speed
+from qpruner.judging import judge_artifact, judge_original, judge_speed, judge_tasks
 from qpruner.merging import Merging, merged_or_beside
 from qpruner.model import cost, load
 from qpruner.model.scratch import Scratch
@@ -64,6 +64,7 @@ class Measured:
     size: cost.StoredSize
     on_disk: int
     stages: list[dict]  # the loss after each stage, as `damage.StageLosses.rows`
+    tasks: dict | None = None  # as `judging.judge_tasks`
 
 
 def carry_out(job: Job, draft: Callable[[Job], Drafted] = drafted) -> tuple[Prepared, Decided, Measured]:
@@ -85,9 +86,10 @@ def carry_out(job: Job, draft: Callable[[Job], Drafted] = drafted) -> tuple[Prep
     artifact, speeds = judge_artifact(job, folder), judge_speed(job, folder)
     original, artifact = original | speeds.get("original", {}), artifact | speeds.get("artifact", {})
     losses.shipped(job, folder, decided.plan, trained=bool(done.trained.curve))
+    tasks = judge_tasks(job, folder)
     shutil.rmtree(job.run.folder / FINALISTS, ignore_errors=True)
     shutil.rmtree(job.passes, ignore_errors=True)  # with what earlier requests may have left unfinished
-    return prepared, decided, Measured(original, artifact, done, reconstruction, size, on_disk, losses.rows)
+    return prepared, decided, Measured(original, artifact, done, reconstruction, size, on_disk, losses.rows, tasks)
 
 
 def _best_of(job: Job, first: Drafted) -> Drafted:

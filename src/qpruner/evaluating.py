@@ -1,18 +1,23 @@
 """Judging a model by itself: its loss on a text by a named protocol, its distance from another, its speed."""
 
+import json
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+from qpruner.artifact.loader import MANIFEST
 from qpruner.artifact.opened import open_stream
 from qpruner.errors import MemoryLimitError
 from qpruner.judge.divergence import kl_to
 from qpruner.judge.loss import Streamed, evaluate_loss
+from qpruner.judge.paired import compare
 from qpruner.judge.protocols import Cut, sequences
 from qpruner.judge.sequences import Sequences
+from qpruner.judge.tasks import Asked, TaskReport, require_room, zero_shot
 from qpruner.judge.turns import ROUNDS, in_turn
 from qpruner.model import load, memory
 from qpruner.model.corpus import Corpus, bundled_corpus, read_corpus
+from qpruner.model.overlap import check_unseen
 from qpruner.model.scratch import Scratch
 from qpruner.prepare import bytes_of, require_weights
 from qpruner.progress import OnProgress, silent
@@ -27,6 +32,7 @@ def evaluate(
     text: str | Path | None = None,
     cut: Cut = BY_WINDOWS,
     reference: str | None = None,
+    tasks: Asked | None = None,
     speed: bool = False,
     threads: int | None = None,
     memory_limit: str | None = None,
@@ -37,20 +43,43 @@ def evaluate(
 
     Returns:
         `model`, `text`, the numbers of a `LossReport`, `protocol` as a sentence; with a reference `kl`; with speed
-        `speed`. Whatever else is judged adds a key of its own.
+        `speed`; with tasks `tasks`, and with a reference too `changes`, from the reference to the model.
     """
     source = _opened(model, trust_remote_code)
     beside = None if reference is None else _opened(reference, trust_remote_code)
     corpus = evaluation_corpus(text, cut)
+    check_unseen(manifest_of(source), corpus)
     limit = None if memory_limit is None else bytes_of(memory_limit)
+    both = [source] if beside is None else [beside, source]
+    if tasks is not None:
+        for each in both:
+            require_room(each.tensors, limit)
     with tempfile.TemporaryDirectory() as place:
         judging = Judging(corpus, cut, limit, Path(place), on_progress)
         found = judging.of(source, beside)
+    if tasks is not None:
+        reports = [scored(each, tasks, on_progress) for each in both]
+        found["tasks"] = reports[-1].to_dict()
+        found |= {"changes": compare(*reports).to_dict()} if len(reports) > 1 else {}
     if speed:
         found["speed"] = speeds(
             source, beside, limit=limit, threads=threads, trust_remote_code=trust_remote_code, on_progress=on_progress
         )
     return found
+
+
+def manifest_of(source: load.Source) -> dict:
+    """What an artifact says of itself; empty for any other model."""
+    if source.folder is None or not load.is_artifact(source.folder):
+        return {}
+    return json.loads((source.folder / MANIFEST).read_text())
+
+
+def scored(source: load.Source, tasks: Asked, on_progress: OnProgress) -> TaskReport:
+    """On zero-shot tasks, the whole model in memory."""
+    show = lambda stage, done, total, detail="": on_progress(f"{stage}, {source.name}", done, total, detail)
+    model, tokenizer = load.load_model(source), load.load_tokenizer(source)
+    return zero_shot(model, tokenizer, tasks.names, folder=tasks.folder, limit=tasks.limit, on_progress=show)
 
 
 def evaluation_corpus(text: str | Path | None, cut: Cut) -> Corpus:

@@ -99,7 +99,7 @@ def facts_of(
         memory=used,
         stages=tuple(report.Stage(name=name, seconds=s) for name, s in seconds.items()),
         warnings=warnings(prepared, decided, measured),
-        notes=tuple(n for n in (*said_before(prepared), pace(measured), str(used)) if n),
+        notes=tuple(n for n in (*said_before(prepared), task_note(measured.tasks), pace(measured), str(used)) if n),
         loads_in=loads_in,
         snippet=snippet,
         places=tuple(report.Place(**row.to_json()) for row in loading(body, str(prepared.output))),
@@ -142,7 +142,41 @@ def metrics(prepared: Prepared, measured: Measured) -> tuple[report.Metric, ...]
         name="bytes on disk", unit="bytes", before=prepared.shape.source.bytes_16bit, after=measured.on_disk,
         higher_is_better=LOWER,
     )  # fmt: skip
-    return (*found[:7], disk, *found[7:])
+    return (*found[:7], *task_metrics(measured.tasks), disk, *found[7:])
+
+
+def task_metrics(tasks: dict | None) -> list[report.Metric]:
+    """Accuracy on every task, each by its own metric, and their mean."""
+    if tasks is None:
+        return []
+    rows = []
+    for name, change in tasks["changes"]["tasks"].items():
+        key = change["metric"]
+        scores = [tasks[which]["tasks"][name] for which in ("original", "artifact")]
+        rows.append((f"{name}, {key.replace('_', ' ')}", key, scores))
+    if len(rows) > 1:
+        rows.append(("mean over tasks", "mean", [tasks["original"], tasks["artifact"]]))
+    return [
+        report.Metric(
+            name=name, unit="fraction", before=before[key], after=after[key], higher_is_better=HIGHER,
+            standard_error_before=before[f"{key}_error"], standard_error_after=after[f"{key}_error"],
+        )
+        for name, key, (before, after) in rows
+    ]  # fmt: skip
+
+
+def task_note(tasks: dict | None) -> str | None:
+    """What changed on the same questions, and how much of that may be chance."""
+    if tasks is None:
+        return None
+    change = tasks["changes"]
+    error = change["standard_error"]
+    by = f"{100 * change['difference']:+.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
+    return (
+        f"Zero-shot tasks by {tasks['artifact']['harness']}, the same questions before and after: {by} points on the "
+        f"mean, {change['flips']:.1%} of the answers went from right to wrong or back (McNemar's p = "
+        f"{change['p_value']:.3f})."
+    )
 
 
 def said_before(prepared: Prepared) -> tuple[str | None, ...]:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from qpruner import __version__
 from qpruner.artifact.opened import open_stream
 from qpruner.decide.draft import embeddings_of
+from qpruner.judge.tasks import Asked
 from qpruner.model import depth, load
 from qpruner.model.discover import discover
 from qpruner.model.graph import Graph
@@ -58,6 +59,7 @@ class Job:
     rounded_from: str | None = None
     embeddings: dict[str, QuantSpec] | None = None  # how embedding and head are stored; None for as the recipe says
     places: Places = Places()
+    tasks: Asked | None = None  # zero-shot tasks that both models are scored on at the end
 
     @property
     def recipe(self) -> Recipe:

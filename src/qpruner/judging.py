@@ -7,6 +7,8 @@ from qpruner.artifact.opened import artifact_digest, open_stream
 from qpruner.job import Job
 from qpruner.judge import divergence as divergence_of
 from qpruner.judge import loss as judge
+from qpruner.judge.paired import compare
+from qpruner.judge.tasks import TaskReport, require_room, zero_shot
 from qpruner.judge.turns import in_turn
 from qpruner.model import load, memory
 from qpruner.model.scratch import Scratch
@@ -80,6 +82,37 @@ def judge_speed(job: Job, folder: Path) -> dict[str, dict]:
 
     weights = {name: artifact_digest(place) for name, place in folders.items()}
     return job.run.values("speed", {"weights": weights, "rounds": ROUNDS}, compute)
+
+
+def judge_tasks(job: Job, folder: Path) -> dict | None:
+    """Zero-shot scores of the original and of the artifact, and what changed from one to the other; None if not asked
+    for.
+
+    Raises:
+        MemoryLimitError: a model does not fit in memory as a whole.
+    """
+    if job.tasks is None:
+        return None
+    trust = {"trust_remote_code": job.shape.source.trust_remote_code}
+    asked = asdict(job.tasks) | {"folder": str(job.tasks.folder)}
+    reports = []
+    for which, place in (("original", job.shape.source.folder), ("artifact", folder)):
+
+        def compute(which=which, place=place) -> dict:
+            source = load.inspect_source(str(place), **trust)
+            require_room(source.tensors, job.prepared.forecast.limit)
+            model = load.load_model(source)
+            report = zero_shot(
+                model, job.prepared.tokenizer, job.tasks.names, folder=job.tasks.folder, limit=job.tasks.limit,
+                on_progress=lambda stage, *rest: job.on_progress(f"{stage}, {which}", *rest),
+            )  # fmt: skip
+            return report.to_dict(rows=True)
+
+        inputs = {"weights": artifact_digest(place), "tasks": asked}
+        reports.append(TaskReport.from_dict(job.run.values(f"{which}-tasks", inputs, compute)))
+    return {
+        "original": reports[0].to_dict(), "artifact": reports[1].to_dict(), "changes": compare(*reports).to_dict(),
+    }  # fmt: skip
 
 
 def loss_values(report: judge.LossReport) -> dict:

@@ -27,6 +27,24 @@ PLAIN = ("boolq", "winogrande")  # for which the harness, and papers after it, n
 
 
 @dataclass(frozen=True)
+class Asked:
+    """Which tasks a model is to be scored on; the meaning of `zero_shot`'s parameters."""
+
+    names: tuple[str, ...] = ()
+    folder: Path | None = None
+    limit: int | None = None
+
+    @classmethod
+    def of(cls, names: Sequence[str], folder: str | Path | None, limit: int | None) -> "Asked | None":
+        """None where no task is asked for; what cannot be served is refused."""
+        if not names and folder is None:
+            return None
+        asked = cls(tuple(names), None if folder is None else Path(folder), limit)
+        require(asked.names, folder=asked.folder, limit=limit)
+        return asked
+
+
+@dataclass(frozen=True)
 class TaskScore:
     """What a model answered, question by question.
 

@@ -6,6 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qpruner.report.joint import LIMITS_HEAD, JointFacts, joint_title, limit_rows
+from qpruner.report.tasks import CHANGES_HEAD, SCORES_HEAD, change_rows, score_rows, scores_note
 
 
 def inspection_table(found: dict) -> Table:
@@ -90,7 +91,14 @@ def evaluation_tables(found: dict) -> list[Table]:
             table.add_row(name, unit, *(_decimal(values[k], scale) for k in (key, error)))
     caption = f"{found['protocol']}\n{found['n_tokens']:,} tokens; standard errors: {found['standard_error_by']}"
     table.caption = escape(caption + (f"\nreference: {found['kl']['reference']}" if "kl" in found else ""))
-    return [table, *([speed_table(found["speed"])] if "speed" in found else [])]
+    tables = [table]
+    if "tasks" in found:
+        tables.append(study_table(SCORES_HEAD, score_rows(found["tasks"]), caption=scores_note(found["tasks"])))
+    if "changes" in found:
+        shown = [CHANGES_HEAD.index(name) for name in ("task", "before", "after", "change ± s.e.", "p", "flips")]
+        head, *rows = (tuple(row[i] for i in shown) for row in (CHANGES_HEAD, *change_rows(found["changes"])))
+        tables.append(study_table(head, rows, title="from the reference to the model, the same questions"))
+    return [*tables, *([speed_table(found["speed"])] if "speed" in found else [])]
 
 
 def speed_table(found: dict) -> Table:

@@ -64,6 +64,9 @@ def retrain(request: Request, run: Run, folder: Path, on_progress: OnProgress) -
             model, request.plan.adapter_ranks, alpha=recovery.adapter_alpha, dropout=recovery.adapter_dropout,
             seed=request.seed,
         )  # fmt: skip
+    for layer in adapters.adapter_layers(model).values():  # those that were loaded stand still
+        for factor in adapters.factors(layer):
+            factor.requires_grad_(True)
     losses = {"before": run.values("search", inputs, lambda: _search_loss(request, model))}
     trained = recovered(
         run, model, request.plan, training=request.training, validation=request.validation,
