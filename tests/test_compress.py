@@ -135,6 +135,13 @@ def test_other_adapters_beside_the_same_base_are_judged_anew(model, tmp_path):
     assert one.stage == other.stage == "recovered" and abs(one.loss - other.loss) > 1e-3
 
 
+def test_training_that_only_did_harm_is_warned_of(model, tmp_path):
+    recipe = f"qpruner[{QUICK},allocation=uniform,loftq_iterations=0,validations=2,learning_rate=9]"
+    facts = compress(model, tmp_path / "out", recipe=recipe, measure_stages=False).facts
+    assert facts.recovery.best_step > 0
+    assert any(warning.startswith("No step of the training did as well") for warning in facts.warnings)
+
+
 def test_it_generates_in_its_stored_dtype_in_a_fresh_process(result):
     """One token at a time in bfloat16, the default: where a kernel of torch once read past the end of a weight."""
     found = subprocess.run(

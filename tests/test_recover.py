@@ -2,14 +2,17 @@
 
 import pytest
 import torch
+from tiny import tiny
 from tiny_taught import LAYERS, TEXT, adapters_of, by_heart, examples, packed, taught
 
 from qpruner import recipe
 from qpruner import shape as shaping
 from qpruner.decide.widths import counts as widths_of
 from qpruner.do.objective import Objective, compared_layers, labels_of
-from qpruner.do.recover import Material, last_checkpoint, order_of, part_of, train_adapters_
+from qpruner.do.recover import Material, Trained, last_checkpoint, order_of, part_of, train_adapters_
 from qpruner.errors import RecipeError
+from qpruner.facts import training_warnings
+from qpruner.model.adapters import inject_adapters_
 from qpruner.model.load import inspect_source
 
 
@@ -186,6 +189,25 @@ def test_what_does_best_on_validation_stays(float32):
     assert best[0] == found.best_step < 40 and best[1] < found.validation[-1][1]
     total = float(Objective(model)(model, batch_of(other)).detach()) / int(other.examples.predicted.sum())
     assert total == pytest.approx(best[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("rate, better", [(0.02, True), (3.0, False)])
+def test_a_training_that_only_does_harm_says_so_and_leaves_its_best_step(rate, better):
+    """Adapters that start at zero are no candidate as they start: an artifact with them would be one without."""
+    model = tiny("llama", dtype=torch.float32)
+    inject_adapters_(model, {"model.layers.1.mlp.up_proj": 2}, alpha=4.0, dropout=0.0)
+    recovery = changed(TEXT, steps=6, warmup_steps=0, learning_rate=rate, validations=3)
+    found = train_adapters_(model, recovery, Material(by_heart()), Material(by_heart(6)), seed=0)
+    start, best = found.before_and_best
+    assert start == found.validation[0][1] and best == min(loss for step, loss in found.validation if step)
+    assert found.best_step and (best < start) == better
+    said = training_warnings(found)
+    assert bool(said) != better
+    assert better or f"{start:.4f} nats per token of its own loss before, {best:.4f} after step" in said[0]
+
+
+def test_where_nothing_was_looked_at_nothing_is_said():
+    assert Trained(((1, 2.0),)).before_and_best is None and training_warnings(Trained(((1, 2.0),))) == []
 
 
 class Cut(Exception):

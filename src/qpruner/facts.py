@@ -13,6 +13,7 @@ from qpruner.damage import WINDOWS
 from qpruner.decide import search as bayesian
 from qpruner.decide.widths import kept_fractions
 from qpruner.deciding import Decided
+from qpruner.do.recover import Trained
 from qpruner.job import unfinished
 from qpruner.judge.damage import unigram_loss
 from qpruner.loading import loading
@@ -319,11 +320,23 @@ def recovery(prepared: Prepared, plan: Plan, measured: Measured) -> report.Recov
     )
 
 
+def training_warnings(trained: Trained) -> list[str]:
+    start, best = trained.before_and_best or (0.0, 0.0)
+    if best <= start:
+        return []
+    return [
+        f"No step of the training did as well on the validation text as none: {start:.4f} nats per token of its own "
+        f"loss before, {best:.4f} after step {trained.best_step}, which ships. Give it a lower learning_rate or more "
+        "steps, or leave the adapters out (adapter_rank 0)."
+    ]
+
+
 def warnings(prepared: Prepared, decided: Decided, measured: Measured) -> tuple[str, ...]:
     found = []
     before, after = measured.done.search_loss.get("before"), measured.done.search_loss.get("after")
     if before is not None and after > before:
         found.append(f"Training the adapters made the search text worse: {before:.4f} to {after:.4f} nats per token.")
+    found += training_warnings(measured.done.trained)
     silent = [row["unit"] for row in decided.information if row["z"] < 2]
     if silent:
         found.append(

@@ -43,6 +43,15 @@ class Trained:
     validation: tuple[tuple[int, float], ...] = ()
     best_step: int | None = None
 
+    @property
+    def before_and_best(self) -> tuple[float, float] | None:
+        """Validation losses of the start and of what the model has now; None where nothing was validated.
+
+        The start is lower where no step did as well and adapters that started at zero cannot be what stays.
+        """
+        losses = dict(self.validation)
+        return None if self.best_step is None else (losses[0], losses[self.best_step])
+
 
 def train_adapters_(
     model: nn.Module,

@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 from qpruner import __version__
 from qpruner.artifact.stock import how_to_load
-from qpruner.facts import machine
+from qpruner.facts import machine, training_warnings
 from qpruner.report import facts as report
 from qpruner.report.retrained import RetrainedFacts
 from qpruner.retraining.request import Request
@@ -33,6 +33,7 @@ def facts_of(request: Request, found: Retrained, folder, output, *, command: str
             f"Training made the search text worse: {found.losses['before']:.4f} to {shipped:.4f} nats per token. Give "
             "it a lower learning_rate, more steps, or more text."
         )
+    warned += training_warnings(found.trained)
     return RetrainedFacts(
         model_name=request.source.name,
         teacher=request.teacher and request.teacher.name,
