@@ -2,7 +2,10 @@ import json
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from typer.testing import CliRunner
 
@@ -14,6 +17,14 @@ from qpruner.model.discover import discover
 from qpruner.model.skeleton import build_skeleton
 from qpruner.model.surgery import cuts_of, narrow_
 from qpruner.testing import Row, check_architecture, proof, random_kept, tiny_config, tiny_model
+
+# What is said of single types here is said of those of 5.23; older releases lack some, and compute others differently.
+OLDER = Version(transformers.__version__) < Version("5.23")
+MAMBA2 = (
+    "nothing can be cut: 'mixer': the columns of 'mixer.out_proj' are all tied together by the rows of 'mixer.in_proj'"
+    if OLDER
+    else "nothing can be cut: 'mixer': its units have values of their own in 'mixer.conv1d.bias'"
+)
 
 # What differs: stacked experts, as stored either way round, with biases and sinks, beside shared ones, under a router
 # that is a linear; heads in parts; latent attention; one key head for all; state-space layers; keys of other layers.
@@ -54,7 +65,7 @@ def test_what_stays_whole_is_named(rows):
     [
         ("bart", "an encoder-decoder model"),
         ("gemma3", "its language model, of type gemma3_text, has a row of its own"),
-        ("mamba2", "nothing can be cut: 'mixer': its units have values of their own in 'mixer.conv1d.bias'"),
+        ("mamba2", MAMBA2),
         ("hrm_text", "has no list of 32 decoder layers"),
     ],
 )
@@ -63,11 +74,13 @@ def test_what_does_not_pass_has_a_sentence(model_type, reason):
     assert not row.passes and reason in row.reason
 
 
-def test_every_configuration_has_a_tiny_form():
+@pytest.mark.parametrize("model_type", ["dots3_note_text", "zaya", "qwen4_exp_text", "xlstm", "dbrx", "olmo_hybrid"])
+def test_every_configuration_has_a_tiny_form(model_type):
     """Of models that are one decoder: none is larger than tiny, and all that is said of others is why."""
-    for model_type in ("dots3_note_text", "zaya", "qwen4_exp_text", "xlstm", "dbrx", "olmo_hybrid"):
-        proof.check_decoder(model_type)
-        proof.check_small(tiny_config(model_type))
+    if OLDER and model_type not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    proof.check_decoder(model_type)
+    proof.check_small(tiny_config(model_type))
 
 
 def test_a_wrong_cut_is_seen(monkeypatch, tmp_path):
