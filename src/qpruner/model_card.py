@@ -57,6 +57,8 @@ def front_matter(card: Path | None) -> dict:
     if card is None or not card.is_file():
         return {}
     try:
+        if not card.read_text(encoding="utf-8").startswith("---"):  # a page of text alone
+            return {}
         found = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, UnicodeDecodeError, yaml.YAMLError):
         return {}

@@ -128,7 +128,12 @@ section.first {
 section.first > div, .pair > div { min-width: 0 }
 section.top { border: 0; padding: 0; margin-top: 2rem }
 .pair { display: grid; gap: 0 3rem; grid-template-columns: repeat(2, minmax(0, 1fr)) }
-.limits th, .limits td { white-space: normal; text-align: left; vertical-align: top }
+.limits th, .limits td, .places th, .places td { white-space: normal; text-align: left; vertical-align: top }
+.places th:first-child { width: 12rem }
+.places th:nth-child(2) { width: 8rem }
+.places code { font: .82rem/1.45 ui-monospace, monospace; overflow-wrap: anywhere }
+.places { margin-top: 1.6rem; table-layout: fixed }
+ul.absent { padding-left: 2.2rem }
 .limits tbody th { font-weight: 650 }
 .limits td:nth-child(2), .limits td:nth-child(3) { white-space: nowrap }
 .limits code span { display: inline-block; max-width: 100% }
@@ -176,7 +181,9 @@ dd { margin: 0; overflow-wrap: anywhere }
   th, td { padding-left: .6rem }
   .before-after td { white-space: normal }
   .chart.wide { min-width: 36rem }
-  .limits thead { display: none }
+  .limits thead, .places thead { display: none }
+  .places tr { display: block; padding: .6rem 0; border-bottom: 1px solid var(--rule) }
+  .places th, .places td { display: block; padding: .1rem 0; border: 0; width: auto !important }
   .limits tr { display: block; padding: .6rem 0; border-bottom: 1px solid var(--rule) }
   .limits th, .limits td { display: block; padding: .1rem 0; border: 0 }
   .limits td[data-head]:not(:empty)::before { content: attr(data-head) ": "; color: var(--muted) }

@@ -229,7 +229,7 @@ SECTIONS = (
     ("The search", ("search", "pareto")),
     ("Recovery", ("recovery", "loftq")),
 )
-SEARCHED_APART = ("What the layers carry", "The search")  # of a joint search its own section says more
+SEARCHED_APART = ("information", "sensitivities", "search", "pareto")  # of a joint search its own section says more
 
 
 def page(facts: Facts, joint: JointFacts | None = None) -> str:
@@ -242,7 +242,8 @@ def page(facts: Facts, joint: JointFacts | None = None) -> str:
     """
     drawn, missing = charts(facts), absent(facts)
     figures = {name: _chart(name, figure, facts) for name, figure in drawn.items()}
-    figures |= {name: f"<p class=absent>{escaped(why)}</p>" for name, why in missing.items()}
+    if "sizes" in missing:
+        figures["sizes"] = f"<p class=absent>{escaped(missing['sizes'])}</p>"
     body = "\n".join(
         [
             f"<header><h1>{escaped(title(facts))}</h1><p class=lead>{escaped(_lead(facts))}</p></header>",
@@ -254,15 +255,24 @@ def page(facts: Facts, joint: JointFacts | None = None) -> str:
             f"<section><h2>Use it</h2><p>{escaped(facts.loads_in)}</p>"
             f"<pre><code>{escaped(facts.snippet)}</code></pre>{_places(facts)}</section>",
             *(
-                f"<section><h2>{escaped(head)}</h2>{''.join(figures[n] for n in names)}</section>"
+                f"<section><h2>{escaped(head)}</h2>{''.join(figures[n] for n in names if n in drawn)}</section>"
                 for head, names in SECTIONS
-                if joint is None or head not in SEARCHED_APART or not missing.keys() >= set(names)
+                if drawn.keys() & set(names)
             ),
             "" if joint is None else joint_section(joint, facts.sizes.asked),
             _run(facts),
+            _left_out([why for name, why in missing.items() if joint is None or name not in SEARCHED_APART]),
         ]
     )
     return document(title(facts), body)
+
+
+def _left_out(reasons: list[str]) -> str:
+    """What other runs show and this one cannot, all in one place."""
+    if not reasons:
+        return ""
+    items = "".join(f"<li>{escaped(why)}</li>" for why in reasons)
+    return f"<section><h2>Not part of this run</h2><ul class=absent>{items}</ul></section>"
 
 
 def _lead(facts: Facts) -> str:

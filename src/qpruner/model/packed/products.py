@@ -95,7 +95,8 @@ def order_for(x: Tensor, layer: Packed) -> Arranged | None:
 
 def torchs_own(x: Tensor) -> bool:
     """Whether torch's products of few bits can take such inputs."""
-    return x.numel() > 0 and x.dtype == torch.bfloat16 and x.device.type == "cpu" and arranged.supported()
+    narrow = x.numel() > 0 and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+    return narrow and arranged.supported() and native.reads_contents()  # whether its order fits is read from scales
 
 
 def n_tokens(x: Tensor) -> int:
