@@ -136,7 +136,8 @@ def test_other_adapters_beside_the_same_base_are_judged_anew(model, tmp_path):
 
 
 def test_training_that_only_did_harm_is_warned_of(model, tmp_path):
-    recipe = f"qpruner[{QUICK},allocation=uniform,loftq_iterations=0,validations=2,learning_rate=9]"
+    changes = "allocation=uniform,loftq_iterations=0,loss=distillation,validations=2,learning_rate=0.5"
+    recipe = f"qpruner[{QUICK},{changes}]"
     facts = compress(model, tmp_path / "out", recipe=recipe, measure_stages=False).facts
     assert facts.recovery.best_step > 0
     assert any(warning.startswith("No step of the training did as well") for warning in facts.warnings)
