@@ -15,6 +15,7 @@ back whatever is freed. Both stand beside what `step_memory` predicts from shape
 """
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -112,9 +113,11 @@ def measure(base: str, args) -> dict:
         train(model, vocabulary, args.steps, args)
         return dict(measured=torch.cuda.max_memory_allocated())
     native.library()
+    gc.collect()  # the model that was trained is held by a ring of references
     give_back_memory()
     before = held("VmRSS")
     model = model_of(base, *args.sizes)
+    gc.collect()
     give_back_memory()
     loaded = held("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew

@@ -3,18 +3,25 @@
 import pytest
 import torch
 from specs import NF4
-from tiny import tiny
+from tiny import tiny, tiny_config
 from torch import nn
 
+from qpruner import recipe as recipes
 from qpruner.do.recover import recomputing
 from qpruner.errors import ModelError
 from qpruner.math.books import book
+from qpruner.model import cost, load, memory
 from qpruner.model.adapters import inject_adapters_
+from qpruner.model.discover import discover
 from qpruner.model.packed.linear import PackedLinear, values_of_words
+from qpruner.model.skeleton import build_skeleton
 from qpruner.model.training_memory import Allocations, next_token_loss, step_memory
 from qpruner.plan import INT8, QuantSpec
+from qpruner.shape import shape_of, work_for
 
+LAYERS = ("model.layers.", "gpt_neox.layers.", "model.decoder.layers.", "transformer.h.")
 BATCH, LENGTH = 3, 40  # more tokens than products of few tokens are for
+SIZED = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=4, vocab_size=512)
 BASES = {
     "dense": [None],
     "nf4": [NF4],
@@ -22,9 +29,9 @@ BASES = {
 }
 
 
-def adapted(base: str = "mixed", family: str = "llama", *, dtype=torch.bfloat16) -> nn.Module:
-    model = tiny(family, dtype=dtype)
-    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+def adapted(base: str = "mixed", family: str = "llama", *, dtype=torch.bfloat16, **over) -> nn.Module:
+    model = tiny(family, dtype=dtype, **over)
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(LAYERS)]
     for i, name in enumerate(linears):
         linear, spec = model.get_submodule(name), BASES[base][i % len(BASES[base])]
         if spec is not None:
@@ -132,3 +139,37 @@ def test_what_depends_on_numbers_is_refused():
 
     with pytest.raises(ModelError, match="cannot be counted without doing it"):
         step_memory(adapted(), BATCH, LENGTH, loss=loss_of)
+
+
+# --- what a run is told beforehand ------------------------------------------------------------------------------------
+
+
+def forecast(model, family, dtype, again) -> float:
+    skeleton = build_skeleton(tiny_config(family, **SIZED))
+    sizes = memory.Sizes(cost.named_tensors(skeleton), discover(skeleton))
+    work = memory.Work(
+        score="magnitude", calibration=(1, LENGTH), score_tokens=0, judged=(1, LENGTH), judged_windows=1,
+        vocabulary=SIZED["vocab_size"], dtype=dtype, quantizes=True, measures_information=False,
+        measures_influence=False, whole_bytes=0, training_tokens=BATCH * LENGTH, recomputes=again,
+    )  # fmt: skip
+    return memory.training_bytes(sizes, work, model.config.hidden_size)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "computed-again"])
+@pytest.mark.parametrize("autocast", [torch.bfloat16, None])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_the_forecast_of_a_run_is_no_less_and_not_twice_as_much(family, autocast, again):
+    model = adapted("nf4", family, dtype=autocast or torch.float32, **SIZED)
+    with recomputing(model, again):
+        found = step_memory(model, BATCH, LENGTH, autocast=autocast)
+    counted = found.passing - found.adapters  # gradients are as large, and count as a copy of the adapters
+    assert counted <= forecast(model, family, autocast or torch.float32, again) < 2 * counted
+
+
+def test_the_forecast_is_of_the_part_of_a_batch_that_is_in_memory_at_once():
+    shape = shape_of(load.inspect_source("pystdlib-5M"))
+    recipe = recipes.load("llm-pruner[batch_size=8,steps=5,adapter_rank=2]")
+    counts = {name: group.n_units for name, group in shape.graph.groups.items()}
+    work = lambda **keys: work_for(shape, recipe.model_copy(update=keys), counts, 32)
+    assert (work().training_tokens, work(micro_batch=3).training_tokens) == (8 * 32, 2 * 32)  # 2 divides 8
+    assert work(steps=0).training_tokens == 0 and work(gradient_checkpointing=True).recomputes

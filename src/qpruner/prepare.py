@@ -33,6 +33,7 @@ from qpruner.shape import (
     layers_for,
     needs_all_in_memory,
     shape_of,
+    trains_adapters,
     tunes_network,
     tuning_windows,
     widths_for,
@@ -257,7 +258,7 @@ def prepare(
         how = dict(length=length, seed=seed, mask_prompts=recipe.mask_prompts)
         return examples_of(text, tokenizer, n=n, fewest=fewest, **how)
 
-    trains = recipe.steps > 0 and recipe.adapter_rank > 0
+    trains = trains_adapters(recipe)
     validates = trains and recipe.validations > 0
     widest = counts if fewer is shape else widths.counts(shape.graph, recipe, 1.0)
     forecast = forecast_for(shape, recipe, widest, length, allowed)

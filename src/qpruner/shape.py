@@ -218,7 +218,11 @@ def any_layers(shape: Shape, recipe: Recipe, limit_bytes: int) -> Shape:
 
 def needs_all_in_memory(recipe: Recipe) -> bool:
     """Whether the plan is decided or carried out on a model that is in memory as a whole."""
-    return recipe.tries_adapters or tunes_network(recipe) or (recipe.steps > 0 and recipe.adapter_rank > 0)
+    return recipe.tries_adapters or tunes_network(recipe) or trains_adapters(recipe)
+
+
+def trains_adapters(recipe: Recipe) -> bool:
+    return recipe.steps > 0 and recipe.adapter_rank > 0
 
 
 GATED_COPIES = 3  # of the model in float32: its weights, those that a step puts in their place, gradients of these
@@ -283,10 +287,9 @@ def work_for(shape: Shape, recipe: Recipe, counts: widths.Counts, window: int) -
         rounds=rounds_for(shape, recipe),
         packs_embeddings=recipe.embedding_bits < 16 or (recipe.allocation == "joint" and recipe.pack_embeddings),
         tries=recipe.allocation == "joint",
-        training_tokens=max(
-            part_of(recipe.batch_size, 1, recipe.micro_batch) * window if recipe.steps and recipe.adapter_rank else 0,
-            recipe.tuning_batch * window if tunes_network(recipe) else 0,
-        ),
+        training_tokens=part_of(recipe.batch_size, 1, recipe.micro_batch) * window if trains_adapters(recipe) else 0,
+        recomputes=recipe.gradient_checkpointing,
+        tuning_tokens=recipe.tuning_batch * window if tunes_network(recipe) else 0,
     )
 
 

@@ -32,7 +32,9 @@ WIDE_COPIES = 3 * 8  # bytes for each number of one linear's inputs, or of its w
 LOGIT_COPIES = 5  # float32 logits, shifted, log-probabilities, gradients; or those of a second model
 LOFTQ_COPIES = 14  # of the largest matrix in float32: itself, rounded, error, factors of its decomposition
 FORWARD_COPIES, BACKWARD_COPIES = 1.5, 3.0  # of what goes in and out of a layer's linears
-TRAINING_COPIES = 2  # the same in every layer, with what dropout and adapters keep
+TRAINING_COPIES = 2  # the same in every layer, with what dropout and adapters keep; see `training_memory`, which counts
+RECOMPUTED_COPIES = 2.25  # of one layer, where only what comes into layers is kept
+TRAINING_LOGIT_COPIES = 3  # float32 logits, their gradient, and that times what comes from the mean
 REFIT_TOKENS = 2048  # that go through a layer at once while linears are refitted
 REFIT_SQUARES, REFIT_PRODUCTS = 5, 7  # moments of two parts, what is solved and its factor; what is solved for
 REMEMBERED = 2**28  # bytes of a layer's activations that are kept while its linears are rounded one after the other
@@ -110,7 +112,9 @@ class Work:
     measures_information: bool
     measures_influence: bool  # of whole layers
     whole_bytes: int | None  # of the pruned model in memory with its candidates and adapters, where a stage needs that
-    training_tokens: int  # in one batch
+    training_tokens: int  # of adapters, in the part of a batch that is in memory at once
+    recomputes: bool = False  # layers on the way back, while adapters are trained
+    tuning_tokens: int = 0  # in a batch, while codes of the whole model are learned
     refits: Refit | None = None  # the largest
     rounds: Rounds | None = None  # the largest
     packs_embeddings: bool = False
@@ -203,8 +207,8 @@ LESS = {  # what takes less memory, by stage
     "reconstruction": "set reconstruction to none: two layers and the moments of their widest linear are in memory",
     "rounding": "set rounding to nearest: layers and the moments of their widest linears are in memory",
     "importance": "use shorter windows, or the score `vector`, which keeps no gradient of a weight",
-    WHOLE: "use a recipe that never needs the whole model at once: [allocation=mutual-information,steps=0]; of a joint "
-    "search [gate_steps=0,network_steps=0]",
+    WHOLE: "train on less at once: [micro_batch=1,gradient_checkpointing=true]; or use a recipe that never needs the "
+    "whole model: [allocation=mutual-information,steps=0]; of a joint search [gate_steps=0,network_steps=0]",
 }
 
 
@@ -261,10 +265,23 @@ def stages_of(sizes: Sizes, work: Work, hidden_size: int, *, resident: bool) -> 
     if work.tries:
         stages["trials"] = max(forward, tail) + 2 * TRIAL_BYTES
     if work.whole_bytes is not None:
-        training = work.training_tokens * 4 * (TRAINING_COPIES * sizes.all_widths + LOGIT_COPIES * work.vocabulary)
+        training = max(training_bytes(sizes, work, hidden_size), tuning_bytes(sizes, work))
         stages[WHOLE] = work.whole_bytes + LIBRARIES + max(training, LOFTQ_COPIES * sizes.matrix * 4)
     present = present_bytes() + ARENA
     return {name: int(present + size) for name, size in stages.items()}
+
+
+def training_bytes(sizes: Sizes, work: Work, hidden_size: int) -> float:
+    """What forward and backward hold at once while adapters are trained, beside the model and them."""
+    if work.recomputes:
+        layers = RECOMPUTED_COPIES * sizes.widths + sizes.n_layers * hidden_size
+    else:
+        layers = TRAINING_COPIES * sizes.all_widths
+    return work.training_tokens * 4 * (layers + TRAINING_LOGIT_COPIES * work.vocabulary)
+
+
+def tuning_bytes(sizes: Sizes, work: Work) -> int:
+    return work.tuning_tokens * 4 * (TRAINING_COPIES * sizes.all_widths + LOGIT_COPIES * work.vocabulary)
 
 
 def fits(tensors: Mapping[str, Header], limit: int | None) -> bool:

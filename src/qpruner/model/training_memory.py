@@ -105,7 +105,7 @@ def step_memory(
         model: with its adapters, in train mode, on any device, "meta" for one; afterwards its tensors have no contents.
             What requires a gradient is trained, by AdamW.
         autocast: the dtype of products; None for that of the model.
-        device: where the model is to lie; one that the machine lacks will do.
+        device: where the model is to lie, one that the machine has.
     Raises:
         ModelError: the model does what depends on numbers, as most mixtures of experts do.
     """
