@@ -3,6 +3,7 @@
     python benchmarks/finetuning_memory.py [--shape 1024x8] [--batch 4x256] [--steps 20] [--bases nf4 mixed int8]
         [--vocabulary 8000] [--threads 1] [--checkpointing] [--device cpu|cuda] [--only-predict] [--out FILE.json]
     python benchmarks/finetuning_memory.py --shape 4096x32 --vocabulary 32000 --only-predict        # LLaMA-7B
+    python benchmarks/finetuning_memory.py --batch 1x256       # a quarter of its widths and of its tokens: its balance
 
 Models are LLaMA-shaped with random weights, pruned as LLM-Pruner does: the first four thirty-seconds of the layers and
 the last two are whole, the others keep three quarters of their heads and channels. Adapters of rank 8 stand beside
