@@ -3,6 +3,7 @@
 Nothing here knows where the model comes from: a job that just made it, or an artifact that was opened again.
 """
 
+import gc
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -78,6 +79,7 @@ def recovered(
                 for name, each in materials.items()
             },
         )  # fmt: skip
+        gc.collect()  # the trainer is in a cycle with the model, its optimizer and its last batch
         if not run.follows:
             shutil.rmtree(folder, ignore_errors=True)
         curve = lambda points: torch.tensor(points, dtype=torch.float64).reshape(-1, 2)
