@@ -14,6 +14,7 @@ from qpruner.errors import ModelError
 from qpruner.loading import Loads, loading
 from qpruner.model.load import Source, quiet
 from qpruner.report.facts import bytes_text
+from qpruner.vllm import Verdict, vllm_verdict
 
 DEVICES = (1, 2, 4, 8, 16)
 CACHE_BYTES = 2  # of a number in the cache: 16 bits, as servers have it unless told otherwise
@@ -38,6 +39,7 @@ class Serving:
     """weight_bytes: of the files. context, batch: tokens of a sequence, and how many sequences at once.
 
     devices: over how many the heads and channels of every layer divide; reason: why not over the next.
+    vllm: what vLLM's rules say of the folder as it is.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Serving:
     devices: tuple[int, ...]
     reason: str
     places: tuple[Loads, ...]
+    vllm: tuple[Verdict, ...]
 
     @cached_property
     def cache_bytes_per_token(self) -> int:
@@ -76,7 +79,12 @@ class Serving:
         ]
         for place in self.places:
             said += ["", str(place), *([f"    {place.command}"] if place.command else [])]
-        return said
+        return [
+            *said,
+            "",
+            "of the folder as it is, by vLLM's sources (it was not run):",
+            *(f"    {v}" for v in self.vllm),
+        ]
 
 
 def serve_check(source: Source, *, context: int | None = None, batch: int = 1) -> Serving:
@@ -95,7 +103,17 @@ def serve_check(source: Source, *, context: int | None = None, batch: int = 1) -
     devices, reason = divides_over(body)
     length = context or source.context_length or 4096
     rows = loading(body, str(source.folder))
-    return Serving(source.name, weight_bytes(source.folder), cache, length, batch, devices, reason, rows)
+    return Serving(
+        source.name,
+        weight_bytes(source.folder),
+        cache,
+        length,
+        batch,
+        devices,
+        reason,
+        rows,
+        tuple(vllm_verdict(source.folder)),
+    )
 
 
 def cache_of(body: Body) -> tuple[CacheLayer, ...]:
