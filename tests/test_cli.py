@@ -52,17 +52,21 @@ def test_evaluate_prints_what_checks_rely_on(model, tmp_path):
     assert 0 < shown["loss"] < 10 and shown["n_tokens"] > 1000
 
 
-def test_evaluate_says_how_far_another_model_is(model, tmp_path):
+def test_evaluate_says_how_far_another_model_is(model, tmp_path, monkeypatch):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"a story of {i} words, told in a row"}) + "\n" for i in range(12)))
-    words = ("evaluate", model, "--text", text, "--protocol", "rows", "--reference", model, "--speed", "--threads", "1")
+    words = ("evaluate", model, "--text", text, "--protocol", "rows", "--reference", model)
     found = qpruner(*words, "--json")
     assert found.returncode == 0, found.stderr
     shown = json.loads(found.stdout)
     assert shown["kl"]["flips"] == 0 and shown["kl"]["top1_agreement"] == 1
     assert "12 rows, each alone" in shown["protocol"] and shown["standard_error_by"] == "bootstrap of 12 rows"
-    assert shown["speed"]["ratios"]["decode_tokens_per_second"]["low"] > 0
+    from qpruner import api, evaluating
     from qpruner.report.terminal import evaluation_tables
+
+    monkeypatch.setattr(evaluating, "ROUNDS", 1)  # two processes instead of six
+    shown = api.evaluate(str(model), text=text, protocol="rows", reference=str(model), speed=True, threads=1)
+    assert shown["speed"]["ratios"]["decode_tokens_per_second"]["low"] > 0
 
     tables = evaluation_tables(shown)
     assert [len(table.rows) for table in tables] == [8, 6] and "12 rows" in tables[0].caption

@@ -267,7 +267,7 @@ def test_places_that_are_taken_and_options_of_others_are_refused(tmp_path):
     (tmp_path / "o/file").touch()
     with pytest.raises(OutputError, match="is there already"):
         export("pystdlib-5M", tmp_path / "o")
-    with pytest.raises(OutputError, match="to gguf has no option 'round_again'. Options: compressed-tensors"):
+    with pytest.raises(OutputError, match="to gguf has no option 'round_again'. Options: .*compressed-tensors"):
         exporting.export("pystdlib-5M", "gguf", tmp_path / "x.gguf", round_again=True)
 
 

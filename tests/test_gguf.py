@@ -183,7 +183,7 @@ def test_what_no_architecture_holds_is_refused_with_the_reason(family, over, une
 
 
 def test_other_formats_and_other_places_are_refused(tmp_path):
-    with pytest.raises(OutputError, match="no export to 'onnx'. Accepted: gguf"):
+    with pytest.raises(OutputError, match="no export to 'onnx'. Accepted: .*gguf"):
         exporting.export("pystdlib-5M", "onnx")
     with pytest.raises(OutputError, match="is a folder"):
         export("pystdlib-5M", tmp_path)

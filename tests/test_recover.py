@@ -163,13 +163,16 @@ def test_parts_are_equal_shares():
 def test_the_forecast_counts_what_is_in_memory_at_once(small_llama):
     shape = shaping.shape_of(inspect_source(small_llama))
 
-    def tokens(**changes) -> int:
+    def work(**changes):
         chosen = recipe.load("llm-pruner").but({"batch_size": 8, **changes})
-        return shaping.work_for(shape, chosen, widths_of(shape.graph, chosen, 1.0), 64).training_tokens
+        return shaping.work_for(shape, chosen, widths_of(shape.graph, chosen, 1.0), 64)
+
+    def tokens(**changes) -> int:
+        return work(**changes).training_tokens
 
     assert [tokens(micro_batch=most) // 64 for most in (None, 8, 5, 3, 1)] == [8, 8, 4, 2, 1]
     assert tokens(steps=0) == tokens(adapter_rank=0) == 0
-    assert tokens(micro_batch=1, network_steps=3, bits=[4], loftq_iterations=0, tuning_batch=4) == 4 * 64
+    assert work(micro_batch=1, network_steps=3, bits=[4], loftq_iterations=0, tuning_batch=4).tuning_tokens == 4 * 64
 
 
 def test_no_example_comes_up_again_before_all_others_have():

@@ -167,8 +167,11 @@ def test_fewer_heads_with_the_slopes_of_all_are_not_the_model_of_fewer_heads(fol
     assert config_of(shape, plan_of(shape, every_other(shape, ("kv_group",)))).model_type == "wpack"
 
 
-def test_evaluate_and_speed_take_the_flag(artifact, folders, short_text, monkeypatch):
-    options = dict(text=short_text, window=32, windows=2, trust_remote_code=True)
+def test_evaluate_and_speed_take_the_flag(artifact, folders, tmp_path, monkeypatch):
+    (tmp_path / "other.txt").write_text(
+        "".join(f"on day {i} the wind came from the {i * 37 % 360}\n" for i in range(99))
+    )
+    options = dict(text=tmp_path / "other.txt", window=32, windows=2, trust_remote_code=True)
     judged = api.evaluate(str(artifact.artifact), reference=str(folders["alibi"]), **options)
     monkeypatch.setattr(memory, "fits", lambda *_: False)  # layer by layer
     streamed = api.evaluate(str(artifact.artifact), reference=str(folders["alibi"]), **options)

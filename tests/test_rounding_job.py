@@ -135,7 +135,7 @@ def test_the_better_of_merged_and_beside_ships(model, tmp_path, short_text, reci
     assert plan == Plan.read(tmp_path / "out.run/plan.json")
     assert plan.adapters == found.ships == ("merged" if found.loss_merged <= found.loss_after else "beside")
     assert (made.artifact / "adapter").exists() == (found.ships == "beside")
-    for how in ("merged", "beside"):
+    for how in ("merged", "beside") if recipe == MERGED[0] else (found.ships,):
         one = compress(model, tmp_path / how, f"{recipe},adapters={how}]", short_text)
         assert one.facts.sizes.predicted == one.facts.sizes.on_disk <= one.facts.sizes.asked
         alike = Plan.read(one.artifact / "plan.json").specs == plan.specs  # merged adapters leave more room for bits

@@ -304,7 +304,10 @@ def test_compress_writes_a_stock_model_and_says_so(short_text, tmp_path):
     assert json.loads((made.artifact / "config.json").read_text())["model_type"] == "llama"
     assert made.facts.sizes.on_disk == made.facts.sizes.predicted
     assert "import qpruner" not in made.facts.snippet and "stock" in made.facts.loads_in
-    assert api.evaluate(str(made.artifact), text=short_text, window=32, windows=2)["loss"] > 0
+    (tmp_path / "other.txt").write_text(
+        "".join(f"on day {i} the wind came from the {i * 37 % 360}\n" for i in range(99))
+    )
+    assert api.evaluate(str(made.artifact), text=tmp_path / "other.txt", window=32, windows=2)["loss"] > 0
     with pytest.raises(ModelError, match="already compressed"):
         api.compress(str(made.artifact), "50%", tmp_path / "again")
 

@@ -140,6 +140,7 @@ def speeds(
             )
     turns = in_turn(
         {name: each.folder for name, each in both.items()},
+        rounds=ROUNDS,
         threads=threads,
         trust_remote_code=trust_remote_code,
         on_round=lambda done, total: on_progress("speed", done, total),
