@@ -10,11 +10,12 @@ from tiny_gguf import artifact_of, folder_of
 from typer.testing import CliRunner
 
 from qpruner import exporting
-from qpruner.artifact.compressed import alone, encoding, schemes, writing
+from qpruner.artifact.compressed import encoding, schemes, writing
 from qpruner.artifact.compressed.reading import Unpacked
 from qpruner.artifact.dense import Dense
 from qpruner.cli import app
 from qpruner.errors import MissingExtraError, ModelError, OutputError
+from qpruner.exporting import fresh
 from qpruner.model.load import inspect_source, load_model
 from qpruner.model.packed.split import packed
 from qpruner.plan import DENSE, INT8, NF4, QuantSpec
@@ -50,15 +51,17 @@ def in_process(monkeypatch):
     def ask(folder, tokens, *, dtypes, adapter=None, own=False):
         found, corrected = {}, False
         for name in dtypes:
-            model, now = alone.loaded(str(folder), getattr(torch, name))
+            model, now = fresh.loaded(str(folder), getattr(torch, name))
             corrected |= now
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([tokens])).logits
             assert own or type(model).__module__.startswith("transformers.models")
             found[name] = logits[0].float().numpy()
-        return alone.Answer(found, corrected, {"compressed_tensors": compressed_tensors.__version__})
+        return fresh.Answer(
+            type(model).__name__, found, corrected, {"compressed_tensors": compressed_tensors.__version__}
+        )
 
-    monkeypatch.setattr(alone, "ask", ask)
+    monkeypatch.setattr(fresh, "ask", ask)
 
 
 def export(model, path, **how):
@@ -253,10 +256,10 @@ def test_a_folder_that_computes_something_else_is_not_left_there(tmp_path, in_pr
         with pytest.raises(ModelError, match="exported weights compute something else"):
             export(artifact, tmp_path / "o")
     assert not list(tmp_path.glob("*o")) and not list(tmp_path.glob(".o*"))
-    ask = alone.ask
-    wrong = lambda *args, **how: alone.Answer({n: -x for n, x in ask(*args, **how).logits.items()}, False, {})
+    ask = fresh.ask
+    wrong = lambda *args, **how: fresh.Answer("", {n: -x for n, x in ask(*args, **how).logits.items()}, False, {})
     with monkeypatch.context() as patch:
-        patch.setattr(alone, "ask", wrong)
+        patch.setattr(fresh, "ask", wrong)
         with pytest.raises(ModelError, match="transformers computes something else"):
             export(artifact, tmp_path / "o")
     assert not list(tmp_path.glob("*o")) and not list(tmp_path.glob(".o*"))
@@ -301,9 +304,9 @@ def test_a_process_that_has_seen_nothing_of_this_loads_it_with_adapters_and_the_
     assert found["loaded"]["relative"] < 1e-3 and found["moved"]["relative"] < 1e-5
     assert found["written"]["stock"] and found["written"]["adapter_rank"] > 0
     assert all(verdict["holds"] for verdict in found["vllm"])
-    with pytest.raises(alone.Refused, match="num_attention_heads|config"):
+    with pytest.raises(fresh.Refused, match="num_attention_heads|config"):
         (tmp_path / "o/config.json").write_text("{}")
-        alone.ask(tmp_path / "o", [1, 2], dtypes=("float32",))
+        fresh.ask(tmp_path / "o", [1, 2], dtypes=("float32",))
 
 
 def test_a_process_that_imports_qpruner_loads_layers_of_their_own_widths(tmp_path):

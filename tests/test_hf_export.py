@@ -20,7 +20,7 @@ from qpruner import exporting
 from qpruner.artifact.save import weight_bytes
 from qpruner.cli import app
 from qpruner.errors import ModelError, OutputError
-from qpruner.exporting import hf
+from qpruner.exporting import fresh
 from qpruner.exporting.padding import padded, widest
 from qpruner.model import load
 from qpruner.model.surgery import cut_tensor, cuts_of
@@ -55,12 +55,13 @@ def opened(folder: Path, *, with_code: bool = False, dtype=torch.float32):
 def here(monkeypatch):
     """Exports are opened in this process."""
 
-    def logits(folder, ids, *, with_code=False, adapter=None):
+    def ask(folder, tokens, *, adapter=None, code=False):
         with torch.no_grad():
-            model = opened(folder, with_code=with_code)
-            return type(model).__name__, model(input_ids=ids, use_cache=False).logits[0]
+            model = opened(folder, with_code=code)
+            logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
+            return fresh.Answer(type(model).__name__, {"float32": logits.numpy()}, False, {})
 
-    monkeypatch.setattr(hf, "fresh_logits", logits)
+    monkeypatch.setattr(fresh, "ask", ask)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +154,7 @@ def test_adapters_stay_beside_for_peft_in_a_process_without_qpruner(even, tmp_pa
     made = exporting.export(even, "hf", tmp_path / "beside", adapters_beside=True)
     assert made.architecture == "LlamaForCausalLM" and made.loaded.relative < 0.03
     assert (tmp_path / "beside" / "adapter" / "adapter_config.json").is_file()
-    without = exporting.fresh.fresh_logits(tmp_path / "beside", torch.arange(3, 20)[None])[1]
+    without = torch.from_numpy(fresh.ask(tmp_path / "beside", range(3, 20)).logits["float32"].copy())
     ours = AutoModelForCausalLM.from_pretrained(even, dtype=torch.float32)
     with torch.no_grad():
         far = exporting.comparing.off(without, ours(torch.arange(3, 20)[None]).logits[0])
@@ -226,9 +227,8 @@ def test_requests_that_contradict_themselves_are_refused_before_anything_is_read
 
 
 def test_what_computes_something_else_is_not_left_behind(even, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        hf, "fresh_logits", lambda folder, ids, **_: ("LlamaForCausalLM", torch.randn(ids.shape[1], 259))
-    )
+    wrong = lambda folder, tokens, **_: fresh.Answer("", {"float32": torch.randn(len(tokens), 259).numpy()}, False, {})
+    monkeypatch.setattr(fresh, "ask", wrong)
     with pytest.raises(ModelError, match="computes something else"):
         exporting.export(even, "hf", tmp_path / "out")
     (tmp_path / "there").mkdir()

@@ -9,12 +9,12 @@ import psutil
 import torch
 from torch import Tensor
 
-from qpruner.artifact.compressed import alone
 from qpruner.artifact.compressed.reading import Unpacked
 from qpruner.artifact.compressed.writing import Written, write_folder
 from qpruner.artifact.dense import Dense
 from qpruner.artifact.loader import ADAPTER
 from qpruner.errors import ModelError, OutputError
+from qpruner.exporting import fresh
 from qpruner.exporting.comparing import Off, logits_of, off, sample
 from qpruner.exporting.gguf import importance_of
 from qpruner.files import replacing
@@ -113,7 +113,7 @@ def to_compressed_tensors(
         if not written.again and not moved.relative < MOST_MOVED:
             raise ModelError(f"the exported weights compute something else ({moved}). Nothing was written.")
         on_progress("comparing", 2, 3)
-        loaded, as_stored, answer = None, None, alone.Answer({}, False, {})
+        loaded, as_stored, answer = None, None, fresh.Answer("", {}, False, {})
         if memory_for(dense):
             answer = opened(temporary, ids, written)
             loaded = off(torch.from_numpy(answer.logits["float32"].copy()), theirs)
@@ -152,13 +152,13 @@ def memory_for(dense: Dense) -> bool:
     return psutil.virtual_memory().available > needed
 
 
-def opened(folder: Path, ids: Tensor, written: Written) -> alone.Answer:
+def opened(folder: Path, ids: Tensor, written: Written) -> fresh.Answer:
     adapter = (
         folder / ADAPTER if written.adapter_rank and written.stock else None
     )  # our own loader puts them there itself
     try:
-        return alone.ask(
+        return fresh.ask(
             folder, ids[0].tolist(), dtypes=("float32", written.dtype), adapter=adapter, own=not written.stock
         )
-    except alone.Refused as error:
+    except fresh.Refused as error:
         raise ModelError(f"transformers does not take the exported folder: {error}. Nothing was written.") from None

@@ -6,7 +6,6 @@ with code    the artifact as it is, with Python files beside the weights for tru
 """
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -27,10 +26,11 @@ from qpruner.artifact.opened import open_stream
 from qpruner.artifact.save import CARD, LICENSES, TOKENIZER_FILES, weight_bytes
 from qpruner.artifact.stock import finds_every_name
 from qpruner.errors import ModelError, OutputError
+from qpruner.exporting import fresh
 from qpruner.exporting.comparing import Off, logits_of, off, sample
-from qpruner.exporting.fresh import fresh_logits
 from qpruner.exporting.padding import padded as with_zeros
 from qpruner.exporting.padding import widest
+from qpruner.files import replacing
 from qpruner.loading import loading
 from qpruner.model import cost, memory
 from qpruner.model.checkpoint import TORCH_DTYPES, read_headers
@@ -101,9 +101,9 @@ def to_hf(
     """
     _check(source, path, calibration, padded, with_code, adapters_beside)
     start = time.monotonic()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        temporary.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.mkdir()
         if with_code:
             made = _with_code(source, temporary, on_progress)
         else:
@@ -113,16 +113,19 @@ def to_hf(
         on_progress("opening in a fresh process", 0, 1)
         if memory.fits(read_headers(temporary), None):
             beside = temporary / ADAPTER if adapters_beside else None
-            architecture, logits = fresh_logits(temporary, ids, with_code=with_code, adapter=beside)
-            loaded = off(logits, expected)
+            try:
+                answer = fresh.ask(temporary, ids[0].tolist(), adapter=beside, code=with_code)
+            except fresh.Refused as error:
+                raise ModelError(
+                    f"transformers alone does not load the exported folder: {error}. Nothing was written."
+                ) from None
+            architecture = answer.model_class
+            loaded = off(torch.from_numpy(answer.logits["float32"].copy()), expected)
             if not loaded.relative < most:
                 raise ModelError(f"transformers computes something else from it ({loaded}). Nothing was written.")
         on_progress("opening in a fresh process", 1, 1)
         commands = _finish(source, temporary, path, with_code, adapters_beside)
         before, after = weight_bytes(source.folder), weight_bytes(temporary)
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     seconds = time.monotonic() - start
     return Exported(path, architecture, before, after, of_zeros, moved, loaded, notes, commands, seconds)
 
