@@ -1,12 +1,10 @@
 """Judging a model by itself: its loss on a text by a named protocol, its distance from another, its speed."""
 
-import json
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from qpruner.artifact.loader import MANIFEST
-from qpruner.artifact.opened import open_stream
+from qpruner.artifact.opened import manifest_of, open_stream
 from qpruner.errors import MemoryLimitError
 from qpruner.judge.divergence import kl_to
 from qpruner.judge.loss import Streamed, evaluate_loss
@@ -66,13 +64,6 @@ def evaluate(
             source, beside, limit=limit, threads=threads, trust_remote_code=trust_remote_code, on_progress=on_progress
         )
     return found
-
-
-def manifest_of(source: load.Source) -> dict:
-    """What an artifact says of itself; empty for any other model."""
-    if source.folder is None or not load.is_artifact(source.folder):
-        return {}
-    return json.loads((source.folder / MANIFEST).read_text())
 
 
 def scored(source: load.Source, tasks: Asked, on_progress: OnProgress) -> TaskReport:

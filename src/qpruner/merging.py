@@ -8,9 +8,11 @@ they are.
 
 import copy
 import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,16 +53,30 @@ def merged_or_beside(job: Job, plan: Plan, model: nn.Module, *, beside: float) -
         return Merging(plan)
     if plan.adapters == "beside" and not plan.recovery.steps:
         return Merging(plan)  # where LoftQ starts them: merged they would be gone again
+    most = beside if plan.adapters == "beside" and plan.quantizes else None
+    ships, loss = put_better_(model, merged_linears(job, plan, model), partial(search_loss, job), most=most)
+    return Merging(plan.model_copy(update={"adapters": ships}), beside, loss)
+
+
+def put_better_(
+    model: nn.Module, merged: Mapping[str, nn.Module], loss_of: Callable[[nn.Module], float], *, most: float | None
+) -> tuple[Literal["beside", "merged"], float]:
+    """Put merged linears in the place of those with adapters, unless they lose more. Which it is now, and their loss.
+
+    Args:
+        merged: every linear that has an adapter as one without.
+        most: that they may lose; None for any loss.
+    """
     layers = adapters.adapter_layers(model)
-    for name, linear in merged_linears(job, plan, model).items():
+    for name, linear in merged.items():
         model.set_submodule(name, linear)
-    loss = search_loss(job, model)
-    if plan.adapters == "beside" and plan.quantizes and loss > beside:
+    loss = loss_of(model)
+    if most is not None and loss > most:
         for name, layer in layers.items():
             model.set_submodule(name, layer)
-        return Merging(plan, beside, loss)
+        return "beside", loss
     del model.peft_config
-    return Merging(plan.model_copy(update={"adapters": "merged"}), beside, loss)
+    return "merged", loss
 
 
 def merged_linears(job: Job, plan: Plan, model: nn.Module) -> dict[str, nn.Module]:

@@ -1,14 +1,15 @@
 """A model or an artifact of ours, opened to be read layer by layer."""
 
+import json
 from pathlib import Path
 
 from qpruner.artifact.config import MODEL_TYPE
-from qpruner.artifact.loader import ADAPTER, WEIGHTS, shell
+from qpruner.artifact.loader import ADAPTER, MANIFEST, WEIGHTS, shell
 from qpruner.files import file_digest
 from qpruner.model import adapters, checkpoint
 from qpruner.model.discover import discover
 from qpruner.model.graph import Graph
-from qpruner.model.load import Source
+from qpruner.model.load import Source, is_artifact
 from qpruner.model.skeleton import build_skeleton
 from qpruner.model.tensors import Named, Renamed, Stored
 from qpruner.model.whole import Streamable, opened
@@ -23,6 +24,13 @@ def artifact_digest(folder: Path, *, weights: str | None = None) -> str:
     """
     weights, beside = weights or checkpoint.weights_digest(folder), folder / ADAPTER
     return digest_of([weights, file_digest(beside)]) if beside.is_dir() else weights
+
+
+def manifest_of(source: Source) -> dict:
+    """What an artifact says of itself; empty for any other model."""
+    if source.folder is None or not is_artifact(source.folder):
+        return {}
+    return json.loads((source.folder / MANIFEST).read_text())
 
 
 def open_stream(source: Source, *, graph: Graph | None = None, **how) -> Streamable:

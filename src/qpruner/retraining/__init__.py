@@ -4,12 +4,12 @@ An artifact of any recipe will do. Its base stays as it is stored, packed or not
 with those that it has. Launched by torchrun or `accelerate launch`, all processes train and the first does the rest.
 """
 
-import json
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from qpruner.artifact.opened import manifest_of
 from qpruner.artifact.save import CARD, write_manifest
 from qpruner.body import body_of
 from qpruner.errors import OutputError
@@ -21,8 +21,8 @@ from qpruner.model_card import card_of
 from qpruner.progress import OnProgress
 from qpruner.recipe import Recipe
 from qpruner.report.retrained import RetrainedFacts, retrained_page
-from qpruner.retraining.facts import facts_of, manifest_of
-from qpruner.retraining.request import MANIFEST, request_for
+from qpruner.retraining.facts import facts_of, manifest_after
+from qpruner.retraining.request import request_for
 from qpruner.retraining.stages import retrain
 from qpruner.run import Run, digest_of
 
@@ -65,7 +65,7 @@ def recover(
     if output.exists() and not follows:
         if not load.is_artifact(output):
             raise OutputError(f"{output} exists and is no artifact of qpruner. Name another folder, or remove it.")
-        manifest = json.loads((output / MANIFEST).read_text())
+        manifest = manifest_of(load.inspect_source(str(output), trust_remote_code=trust_remote_code))
         if manifest.get("request") != digest_of(request.inputs()) or not facts_file.is_file():
             raise OutputError(
                 f"{output} holds an artifact of another request. Name another output, or remove it and {run_folder}."
@@ -78,7 +78,7 @@ def recover(
         found = retrain(request, run, folder, on_progress)
         if found is None:
             return None
-        manifest = manifest_of(request, found)
+        manifest = manifest_after(request, found)
         write_manifest(folder, manifest)
         body = body_of(load.inspect_source(str(folder), trust_remote_code=trust_remote_code))
         card = request.source.folder / CARD

@@ -5,20 +5,12 @@ from importlib.metadata import version
 
 from qpruner import __version__
 from qpruner.artifact.stock import how_to_load
-from qpruner.facts import machine, training_warnings
+from qpruner.facts import PREDICTIONS, compared, machine, on_disk, training_warnings
 from qpruner.report import facts as report
 from qpruner.report.retrained import RetrainedFacts
 from qpruner.retraining.request import Request
 from qpruner.retraining.stages import Retrained
 from qpruner.run import digest_of
-
-ROWS = (
-    ("loss", "nats/token", "loss", "loss", "standard_error", False),
-    ("perplexity", "", "loss", "perplexity", "perplexity_standard_error", False),
-    ("bits per byte", "bits", "loss", "bits_per_byte", "bits_per_byte_standard_error", False),
-    ("KL to the original", "nats/token", "kl", "kl", "standard_error", False),
-    ("top-1 agreement", "fraction", "kl", "top1_agreement", "top1_agreement_standard_error", True),
-)
 
 
 def facts_of(request: Request, found: Retrained, folder, output, *, command: str, seconds) -> RetrainedFacts:
@@ -70,22 +62,11 @@ def facts_of(request: Request, found: Retrained, folder, output, *, command: str
 
 
 def metrics(found: Retrained) -> tuple[report.Metric, ...]:
-    rows = [
-        report.Metric(
-            name=name, unit=unit, before=found.before[part].get(key), after=found.after[part].get(key),
-            standard_error_before=found.before[part].get(error), standard_error_after=found.after[part].get(error),
-            higher_is_better=better,
-        )
-        for name, unit, part, key, error, better in ROWS
-        if part in found.after
-    ]  # fmt: skip
-    size = report.Metric(
-        name="bytes on disk", unit="bytes", before=found.size_before, after=found.size_after, higher_is_better=False
-    )
-    return (*rows, size)
+    rows = [row for row in PREDICTIONS if row[2] in found.after]
+    return (*compared(rows, found.before, found.after), on_disk(found.size_before, found.size_after))
 
 
-def manifest_of(request: Request, found: Retrained) -> dict:
+def manifest_after(request: Request, found: Retrained) -> dict:
     """That of the artifact, with what was done to it since."""
     loss = {k: v for k, v in found.after["loss"].items() if k != "window_losses"}
     judged = {"artifact": loss, **({"kl": found.after["kl"]} if "kl" in found.after else {})}

@@ -1,6 +1,5 @@
 """A request to train a finished artifact: everything that can be refused is refused here."""
 
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -8,8 +7,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from qpruner import __version__
-from qpruner.artifact.loader import ADAPTER, PLAN
-from qpruner.artifact.opened import artifact_digest, open_stream
+from qpruner.artifact.loader import ADAPTER, PLAN, shell
+from qpruner.artifact.opened import artifact_digest, manifest_of, open_stream
+from qpruner.decide.draft import ranks_of
 from qpruner.decide.ranks import uniform
 from qpruner.errors import MemoryLimitError, ModelError, RecipeError
 from qpruner.model import adapters, checkpoint, corpus, load, memory
@@ -21,8 +21,6 @@ from qpruner.plan import Plan
 from qpruner.prepare import Texts, choose_texts
 from qpruner.recipe import Recipe
 from qpruner.shape import evaluation_batch
-
-MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,7 @@ class Request:
     begun: bool
     manifest: dict
     teacher: load.Source | None
+    teacher_digest: str | None
     recipe: Recipe
     tokenizer: PreTrainedTokenizerBase
     texts: Texts
@@ -64,7 +63,7 @@ class Request:
             "qpruner": __version__,
             "artifact": self.digest,
             "plan": self.plan.model_dump(mode="json"),
-            "teacher": self.teacher and checkpoint.weights_digest(self.teacher.folder),
+            "teacher": self.teacher_digest,
             "recipe": self.recipe.model_dump(mode="json"),
             "texts": self.texts.digests(),
             "seed": self.seed,
@@ -90,7 +89,8 @@ def request_for(
             text is too short, or serves two purposes.
     """
     source = load.inspect_source(model, trust_remote_code=trust_remote_code)
-    if source.folder is None or not load.is_artifact(source.folder):
+    manifest = manifest_of(source)
+    if not manifest:
         raise ModelError(
             f"{source.name!r} is no artifact of qpruner, and only what was compressed is recovered. "
             "Name a folder that `qpruner compress` wrote."
@@ -102,10 +102,14 @@ def request_for(
         )
     if not recipe.steps or not recipe.adapter_rank:
         raise RecipeError(f"recipe {recipe.name!r} trains nothing: give it `steps` and an `adapter_rank`.")
-    manifest = json.loads((source.folder / MANIFEST).read_text())
     notes: list[str] = []
     taught_by = _teacher(source, teacher, manifest, recipe, trust_remote_code, notes)
-    if taught_by is None:
+    teacher_digest = None
+    if taught_by is not None:
+        teacher_digest = checkpoint.checked_digest(taught_by.folder)
+        if teacher_digest != manifest["digests"]["model_weights"]:
+            notes.append(f"The teacher, {taught_by.name}, is not the model that was compressed.")
+    else:
         recipe = recipe.model_copy(update={"loss": "next-token", "block_weight": 0.0})
     tokenizer = load.load_tokenizer(source)
     texts = choose_texts(manifest["base_model"], training, search_text, evaluation)
@@ -117,7 +121,8 @@ def request_for(
     validation = learned(texts.search, n=recipe.validation_windows, fewest=1) if recipe.validations else None
     plan, begun = _plan(source, recipe, seed)
     return Request(
-        source=source, plan=plan, begun=begun, manifest=manifest, teacher=taught_by, recipe=recipe, tokenizer=tokenizer,
+        source=source, plan=plan, begun=begun, manifest=manifest, teacher=taught_by,
+        teacher_digest=teacher_digest, recipe=recipe, tokenizer=tokenizer,
         texts=texts, training=learned(texts.calibration, n=recipe.steps * recipe.batch_size, fewest=4),
         validation=validation, search=cut(texts.search, n_windows=recipe.search_windows, fewest=2, seed=seed),
         evaluation=cut(texts.evaluation, n_windows=recipe.evaluation_windows, fewest=2), seed=seed,
@@ -145,8 +150,6 @@ def _teacher(
             f"the teacher {teacher.name!r} predicts {theirs:,} tokens and {source.name!r} {ours:,}: they do not share "
             f"a vocabulary. Name the model that was compressed ({manifest['base_model']})."
         )
-    if checkpoint.weights_digest(teacher.folder) != manifest["digests"]["model_weights"]:
-        notes.append(f"The teacher, {teacher.name}, is not the model that was compressed ({manifest['base_model']}).")
     return teacher
 
 
@@ -160,9 +163,16 @@ def _plan(source: load.Source, recipe: Recipe, seed: int) -> tuple[Plan, bool]:
         ranks, alpha, _, _ = adapters.read_adapters(source.folder / ADAPTER)
         recovery = recovery.model_copy(update={"adapter_alpha": alpha})
     else:
-        model = open_stream(source).model
-        shapes = {name: adapters.features(model.get_submodule(name)) for name in plan.specs}
-        ranks = uniform(recipe.adapter_rank, shapes)
+        ranks = _ranks(source, recipe, plan)
     recovery = recovery.model_copy(update={"loftq_iterations": 0})
     update = {"adapter_ranks": ranks, "adapters": "beside", "recovery": recovery, "seed": seed}
     return plan.model_copy(update=update), begun
+
+
+def _ranks(source: load.Source, recipe: Recipe, plan: Plan) -> dict[str, int]:
+    """As the recipe gives them out; evenly in a stock model, which does not say what it was cut from."""
+    if source.config.model_type == load.OWN_MODEL_TYPE:
+        _, graph = shell(source.folder, source.config, trust_remote_code=source.trust_remote_code)
+        return ranks_of(graph, recipe, plan.kept, plan.specs)
+    model = open_stream(source).model
+    return uniform(recipe.adapter_rank, {n: adapters.features(model.get_submodule(n)) for n in plan.specs})

@@ -9,20 +9,21 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import nn
 
-from qpruner.artifact.loader import ADAPTER, PLAN, WEIGHTS
+from qpruner.artifact.loader import ADAPTER, MANIFEST, PLAN, WEIGHTS
 from qpruner.artifact.opened import open_stream
 from qpruner.artifact.save import CARD, tensors_of, weight_bytes
 from qpruner.do.recover import Trained
 from qpruner.judge.divergence import kl_to
 from qpruner.judge.loss import Streamed, evaluate_loss
 from qpruner.judging import loss_values
+from qpruner.merging import put_better_
 from qpruner.model import adapters, load
 from qpruner.model.scratch import Scratch
 from qpruner.model.tensors import write_safetensors
 from qpruner.plan import Plan
 from qpruner.progress import OnProgress
 from qpruner.recovering import recovered
-from qpruner.retraining.request import MANIFEST, Request
+from qpruner.retraining.request import Request
 from qpruner.run import Run, digest_of
 
 
@@ -90,22 +91,17 @@ def retrain(request: Request, run: Run, folder: Path, on_progress: OnProgress) -
 def _best_stored(request: Request, model: nn.Module, losses: dict[str, float]) -> Plan:
     """Leaves the model with its adapters beside or merged, whichever loses less on the search text, or as asked."""
     how = "merged" if request.stock else request.recipe.adapters
-    layers = adapters.adapter_layers(model)
     if how != "merged":
         losses["beside"] = _search_loss(request, model)
     if how == "beside":
         return request.plan
-    for name, layer in layers.items():
-        base = copy.deepcopy(layer.get_base_layer())
-        ranges = request.plan.rounding.ranges
-        model.set_submodule(name, adapters.merged(base, adapters.correction(layer), ranges=ranges))
-    losses["merged"] = _search_loss(request, model)
-    if how == "best" and losses["merged"] > losses["beside"]:
-        for name, layer in layers.items():
-            model.set_submodule(name, layer)
-        return request.plan
-    del model.peft_config
-    return request.plan.model_copy(update={"adapters": "merged"})
+    ranges = request.plan.rounding.ranges
+    merged = {
+        name: adapters.merged(copy.deepcopy(layer.get_base_layer()), adapters.correction(layer), ranges=ranges)
+        for name, layer in adapters.adapter_layers(model).items()
+    }
+    ships, losses["merged"] = put_better_(model, merged, partial(_search_loss, request), most=losses.get("beside"))
+    return request.plan.model_copy(update={"adapters": ships})
 
 
 def _write(request: Request, plan: Plan, model: nn.Module, folder: Path) -> None:
