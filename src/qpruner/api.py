@@ -12,6 +12,7 @@ from qpruner import __version__, matrix
 from qpruner import recipe as recipes
 from qpruner.errors import BudgetError, OutputError
 from qpruner.files import write_text
+from qpruner.judge.damage import TOLERANCE
 from qpruner.judge.protocols import Cut
 from qpruner.judge.tasks import Asked
 from qpruner.model import load
@@ -65,7 +66,7 @@ def compress(
     tasks: Sequence[str] = (),
     tasks_dir: str | Path | None = None,
     tasks_limit: int | None = None,
-    tolerance: float = 0.5,
+    tolerance: float = TOLERANCE,
     trust_remote_code: bool = False,
     on_progress: OnProgress = silent,
 ) -> Result:

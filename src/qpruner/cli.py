@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from qpruner.errors import QPrunerError
+from qpruner.judge.damage import TOLERANCE
 
 DEMO = "auto[search_windows=12,sensitivity_windows=4,gate_steps=0,trials=24]"
 
@@ -121,7 +122,7 @@ def compress(
     tasks_limit: TasksLimit = None,
     tolerance: Annotated[
         float, typer.Option(min=0, help="Nats per token that the loss may rise before the result carries a warning.")
-    ] = 0.5,
+    ] = TOLERANCE,
     memory_limit: MemoryLimit = None,
     seed: Annotated[int | None, typer.Option("--seed", help=SEED_HELP)] = None,
     trust_remote_code: TrustRemoteCode = False,

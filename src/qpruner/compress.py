@@ -78,8 +78,8 @@ def carry_out(job: Job, draft: Callable[[Job], Drafted] = drafted) -> tuple[Prep
     job, reconstruction = reconstructed(job, found.kept)
     losses.refitted(job, found.kept)
     decide = partial(completed, job, found)
-    made = _in_memory if prepared.in_memory else _layer_by_layer
-    decided, done = made(job, found.kept, decide, losses)
+    made = partial(_in_memory, losses) if prepared.in_memory else _layer_by_layer
+    decided, done = made(job, found.kept, decide)
     folder, size = unfinished(prepared.output), job.shape.size(decided.plan)
     on_disk = save.weight_bytes(folder)
     assert on_disk == size.total, f"{on_disk} bytes on disk, {size.total} predicted"
@@ -111,7 +111,7 @@ def _best_of(job: Job, first: Drafted) -> Drafted:
             prepared = replace(each.prepared, output=place / "artifact")
             one = replace(job, prepared=prepared, embeddings=each.embeddings, run=run)
             one, _ = reconstructed(one, each.kept)
-            _layer_by_layer(one, each.kept, partial(completed, one, each), None)
+            _layer_by_layer(one, each.kept, partial(completed, one, each))
             written = unfinished(prepared.output)
             trust = job.shape.source.trust_remote_code
             stream = open_stream(
@@ -137,7 +137,7 @@ def _said(draft: Drafted) -> dict:
 Decide = Callable[[tuple[nn.Module, Candidates] | None], Decided]  # of the pruned model, if it is in memory
 
 
-def _in_memory(job: Job, kept: widths.Kept, decide: Decide, losses: StageLosses) -> tuple[Decided, Done]:
+def _in_memory(losses: StageLosses, job: Job, kept: widths.Kept, decide: Decide) -> tuple[Decided, Done]:
     model = job.pruned(kept).loaded()
     of_plan = lambda plan: Candidates(model, job.graph, plan, adapter_dtype=job.stored_dtype)
     if job.recipe.tries_adapters:
@@ -163,7 +163,7 @@ def _in_memory(job: Job, kept: widths.Kept, decide: Decide, losses: StageLosses)
     return decided, Done(trained, {"before": before, "after": after}, errors, rows, tuning, merging)
 
 
-def _layer_by_layer(job: Job, kept: widths.Kept, decide: Decide, _: StageLosses | None) -> tuple[Decided, Done]:
+def _layer_by_layer(job: Job, kept: widths.Kept, decide: Decide) -> tuple[Decided, Done]:
     decided = decide(None)
     job, rows = rounded(job, decided.plan)
     pruned, plan = job.pruned(kept), decided.plan

@@ -56,7 +56,7 @@ class StageLosses:
 
     def rounded(self, job: Job, model: nn.Module, plan: Plan) -> None:
         """model: in memory, with the codes of the plan in it, and adapters as LoftQ starts them."""
-        if _rounds(plan):
+        if plan.quantizes:
             self._measure(job, ROUNDED, {"plan": plan.model_dump(mode="json")}, lambda: model)
 
     def tuned(self, job: Job, model: nn.Module, plan: Plan, found: dict | None) -> None:
@@ -67,7 +67,7 @@ class StageLosses:
     def shipped(self, job: Job, folder: Path, plan: Plan, *, trained: bool) -> None:
         """The written artifact, loaded anew. It is named after the last stage that made it."""
         known = {row["stage"] for row in self.rows}
-        stage = RECOVERED if trained else ROUNDED if _rounds(plan) and not known & {ROUNDED, TUNED} else SHIPPED
+        stage = RECOVERED if trained else ROUNDED if plan.quantizes and not known & {ROUNDED, TUNED} else SHIPPED
 
         def artifact() -> Streamable:
             written = load.inspect_source(str(folder), trust_remote_code=job.shape.source.trust_remote_code)
@@ -104,7 +104,3 @@ class StageLosses:
 def _loses(job: Job, kept: widths.Kept) -> bool:
     fewer = any(len(kept[name]) < group.n_units for name, group in job.graph.groups.items())
     return fewer or job.shape.layers is not None
-
-
-def _rounds(plan: Plan) -> bool:
-    return any(spec.bits < 16 for spec in plan.specs.values())

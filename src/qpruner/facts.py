@@ -1,6 +1,7 @@
 """From the values of a finished run to the facts of its report and the artifact's manifest."""
 
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 
 import psutil
@@ -15,7 +16,7 @@ from qpruner.decide.widths import kept_fractions
 from qpruner.deciding import Decided
 from qpruner.do.recover import Trained
 from qpruner.job import unfinished
-from qpruner.judge.damage import unigram_loss
+from qpruner.judge.damage import TOLERANCE, unigram_loss
 from qpruner.loading import loading
 from qpruner.model import cost, memory
 from qpruner.model.depth import shortened_config
@@ -28,7 +29,6 @@ from qpruner.report.damage import Damage, StageLoss
 from qpruner.run import digest_of
 
 HIGHER, LOWER = True, False
-TOLERANCE = 0.5  # nats per token: a perplexity that is 1.65 times as high
 
 
 def facts_of(
@@ -113,24 +113,32 @@ def body_for(prepared: Prepared, plan: Plan) -> Body:
     return body_of_plan(shape.source, shortened_config(shape.source.config, shape.layers), shape.graph, plan)
 
 
-def metrics(prepared: Prepared, measured: Measured) -> tuple[report.Metric, ...]:
-    before, after = measured.original, measured.artifact
-    with_error = lambda key: (key, f"{key}_standard_error")
-    rows = [
-        ("loss", "nats/token", "loss", "loss", "standard_error", LOWER),
-        ("perplexity", "", "loss", "perplexity", "perplexity_standard_error", LOWER),
-        ("bits per byte", "bits", "loss", "bits_per_byte", "bits_per_byte_standard_error", LOWER),
-        ("KL to the original", "nats/token", "kl", "kl", "standard_error", LOWER),
-        ("top-1 agreement", "fraction", "kl", "top1_agreement", "top1_agreement_standard_error", HIGHER),
-        ("right tokens now wrong", "fraction", "kl", "right_to_wrong", "right_to_wrong_standard_error", LOWER),
-        ("wrong tokens now right", "fraction", "kl", "wrong_to_right", "wrong_to_right_standard_error", HIGHER),
-        ("tensor bytes in memory", "bytes", "speed", "tensor_bytes", None, LOWER),
-        ("peak memory", "bytes", "speed", "peak_bytes", None, LOWER),
-        ("prefill", "tokens/s", "speed", *with_error("prefill_tokens_per_second"), HIGHER),
-        ("decode", "tokens/s", "speed", *with_error("decode_tokens_per_second"), HIGHER),
-        ("time to first token", "s", "speed", *with_error("seconds_to_first_token"), LOWER),
-    ]
-    found = [
+PREDICTIONS = (  # name, unit, part, key, key of its standard error, whether higher is better
+    ("loss", "nats/token", "loss", "loss", "standard_error", LOWER),
+    ("perplexity", "", "loss", "perplexity", "perplexity_standard_error", LOWER),
+    ("bits per byte", "bits", "loss", "bits_per_byte", "bits_per_byte_standard_error", LOWER),
+    ("KL to the original", "nats/token", "kl", "kl", "standard_error", LOWER),
+    ("top-1 agreement", "fraction", "kl", "top1_agreement", "top1_agreement_standard_error", HIGHER),
+    ("right tokens now wrong", "fraction", "kl", "right_to_wrong", "right_to_wrong_standard_error", LOWER),
+    ("wrong tokens now right", "fraction", "kl", "wrong_to_right", "wrong_to_right_standard_error", HIGHER),
+)
+SPEED = (
+    ("tensor bytes in memory", "bytes", "speed", "tensor_bytes", None, LOWER),
+    ("peak memory", "bytes", "speed", "peak_bytes", None, LOWER),
+    *(
+        (name, unit, "speed", key, f"{key}_standard_error", better)
+        for name, unit, key, better in (
+            ("prefill", "tokens/s", "prefill_tokens_per_second", HIGHER),
+            ("decode", "tokens/s", "decode_tokens_per_second", HIGHER),
+            ("time to first token", "s", "seconds_to_first_token", LOWER),
+        )
+    ),
+)
+
+
+def compared(rows: Sequence[tuple], before: dict, after: dict) -> list[report.Metric]:
+    """What was measured before and after, for rows like those of `PREDICTIONS`."""
+    return [
         report.Metric(
             name=name, unit=unit, before=before.get(part, {}).get(key), after=after.get(part, {}).get(key),
             standard_error_before=before.get(part, {}).get(error) if error else None,
@@ -139,11 +147,17 @@ def metrics(prepared: Prepared, measured: Measured) -> tuple[report.Metric, ...]
         )
         for name, unit, part, key, error, better in rows
     ]  # fmt: skip
-    disk = report.Metric(
-        name="bytes on disk", unit="bytes", before=prepared.shape.source.bytes_16bit, after=measured.on_disk,
-        higher_is_better=LOWER,
-    )  # fmt: skip
-    return (*found[:7], *task_metrics(measured.tasks), disk, *found[7:])
+
+
+def on_disk(before: int, after: int) -> report.Metric:
+    return report.Metric(name="bytes on disk", unit="bytes", before=before, after=after, higher_is_better=LOWER)
+
+
+def metrics(prepared: Prepared, measured: Measured) -> tuple[report.Metric, ...]:
+    before, after = measured.original, measured.artifact
+    disk = on_disk(prepared.shape.source.bytes_16bit, measured.on_disk)
+    predictions = compared(PREDICTIONS, before, after)
+    return (*predictions, *task_metrics(measured.tasks), disk, *compared(SPEED, before, after))
 
 
 def task_metrics(tasks: dict | None) -> list[report.Metric]:

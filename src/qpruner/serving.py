@@ -14,7 +14,7 @@ from qpruner.errors import ModelError
 from qpruner.loading import Loads, loading
 from qpruner.model.load import Source, quiet
 from qpruner.report.facts import bytes_text
-from qpruner.vllm import Verdict, vllm_verdict
+from qpruner.vllm import Verdict, uneven, vllm_verdict
 
 DEVICES = (1, 2, 4, 8, 16)
 CACHE_BYTES = 2  # of a number in the cache: 16 bits, as servers have it unless told otherwise
@@ -148,14 +148,8 @@ def divides_over(body: Body) -> tuple[tuple[int, ...], str]:
 
 def _objection(body: Body, n: int) -> str:
     for index, layer in enumerate(body.widths):
-        shared = n > layer.kv_heads and n % layer.kv_heads == 0  # servers give such heads to several devices
-        wrong = {
-            "heads": layer.heads % n,
-            "key/value heads": layer.kv_heads % n and not shared,
-            "channels": layer.channels % n,
-        }
-        if odd := [what for what, left in wrong.items() if left]:
-            return f"layer {index} has {layer}, and the {odd[0]} do not divide"
+        if odd := next(uneven(layer, n), None):
+            return f"layer {index} has {odd}"
     return _cut_groups(body, n)
 
 

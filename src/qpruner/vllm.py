@@ -6,7 +6,7 @@ Rules are read from the sources of vLLM 0.33.0 and of its dependencies compresse
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,14 +114,19 @@ def tensor_parallel(config: Mapping[str, Any], sizes: Sequence[int] = TENSOR_PAR
     return {size: list(dict.fromkeys(_undivided(layers, head_dim, quantization, size))) for size in sizes}
 
 
+def uneven(layer: LayerWidths, size: int) -> Iterator[str]:
+    """What of a layer cannot be shared out evenly. Fewer key/value heads than devices are given to several of them."""
+    if layer.heads % size:
+        yield f"{layer.heads} heads"
+    if layer.kv_heads and layer.kv_heads % size and size % layer.kv_heads:
+        yield f"{layer.kv_heads} key/value heads"
+    if layer.channels % size:
+        yield f"{layer.channels} channels"
+
+
 def _undivided(layers: Sequence[LayerWidths], head_dim: int, quantization: Mapping, size: int):
     for i, layer in enumerate(layers):
-        if layer.heads % size:
-            yield f"layer {i} has {layer.heads} heads"
-        if layer.kv_heads and layer.kv_heads % size and size % layer.kv_heads:
-            yield f"layer {i} has {layer.kv_heads} key/value heads"
-        if layer.channels % size:
-            yield f"layer {i} has {layer.channels} channels"
+        yield from (f"layer {i} has {what}" for what in uneven(layer, size))
         inputs = {"heads": layer.heads * head_dim, "channels": layer.channels}
         for name, width in SPLIT_INPUTS.items():
             stored = scheme_of(quantization, f"model.layers.{i}.{name}")

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 # L(N, D) = E + A / N^alpha + B / D^beta, fitted to 400 dense models: arXiv:2203.15556, approach 3
 HOFFMANN_A, HOFFMANN_ALPHA = 406.4, 0.34
 DENSE_BYTES = 2  # a parameter at 16 bits
+TOLERANCE = 0.5  # nats per token: a perplexity that is 1.65 times as high
 
 
 def rises(losses: Sequence[float]) -> tuple[float, ...]:

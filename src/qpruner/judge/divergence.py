@@ -23,6 +23,7 @@ from qpruner.judge.predictions import (
     ratios,
 )
 from qpruner.judge.sequences import Protocol, Sequences, Text
+from qpruner.math.divergence import divergence
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,7 @@ def _compared(
             expected = expected.to(logits.device)
             both = zip(chunks(sequences, first, logits), chunks(sequences, first, expected), strict=True)
             for (row, positions, z), (_, _, truth) in both:
-                q, p = log_probabilities(z), log_probabilities(truth)
-                # Where p underflows to zero its term is zero, whatever q is.
-                kl = torch.where(p.exp() > 0, p.exp() * (p - q), 0.0).sum(-1, dtype=torch.float64)
+                kl = divergence(truth, z)
                 ours, theirs = z.argmax(-1), truth.argmax(-1)
                 targets = sequences.ids[row, positions].to(z.device)
                 now, before = ours == targets, theirs == targets

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qpruner.errors import CorpusError
 from qpruner.judge.sequences import Sequences
 from qpruner.math.bootstrap import bootstrap_errors
+from qpruner.math.divergence import wide
 from qpruner.model.scratch import Scratch
 from qpruner.model.stream import OnLayer, batches
 from qpruner.model.whole import Streamable
@@ -106,7 +107,7 @@ def chunks(sequences: Sequences, first: int, logits: Tensor) -> Iterator[tuple[i
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
-    return torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+    return torch.log_softmax(wide(logits), dim=-1)
 
 
 @contextmanager

@@ -28,7 +28,8 @@ def divergence(
     z: Float[Tensor, "tokens vocabulary"],
     places: Int[Tensor, "tokens k"] | None = None,
 ) -> Float[Tensor, " tokens"]:
-    """KL of every token in nats, differentiable in z; at least in float32.
+    """KL of every token in nats, differentiable in z; at least in float32, and summed over tokens of the vocabulary in
+    float64.
 
     Args:
         places: ids of the k tokens; None where r has the whole vocabulary.
@@ -40,7 +41,7 @@ def divergence(
         log_q = lumped(log_q, places.long())
     p = log_p.exp()
     # Where p underflows to zero its term is zero, whatever q is.
-    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1, dtype=torch.float64)
 
 
 def surprise(z: Float[Tensor, "tokens vocabulary"], ids: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:

@@ -328,18 +328,25 @@ def _run(facts: Facts) -> str:
     )
 
 
-def text_table(facts: Facts) -> "Table":
-    """The before/after table for a terminal, with the warnings below it."""
+def before_after_table(heading: str, rows: list[tuple[str, ...]]) -> "Table":
+    """For a terminal: name, before, after and change of every metric."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title(facts)), title_justify="left")
+    table = Table(title=Text(heading), title_justify="left", caption_justify="left")
     table.add_column("")
     for head in ("before", "after", "change"):
         table.add_column(head, justify="right", no_wrap=True)
-    for row in before_after(facts):
-        table.add_row(*(Text(cell) for cell in row))
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def text_table(facts: Facts) -> "Table":
+    """The before/after table for a terminal, with the warnings below it."""
+    from rich.text import Text
+
+    table = before_after_table(title(facts), before_after(facts))
     if warnings := all_warnings(facts):
         table.caption = Text("\n".join(f"Warning: {sentence}" for sentence in warnings), style="bold not italic")
-        table.caption_justify = "left"
     return table

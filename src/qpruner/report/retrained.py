@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal
 from qpruner.report.charts import CHARTS
 from qpruner.report.document import document, drawing, escaped, html_table
 from qpruner.report.facts import Metric, Recovered, Saved, Stage, before_after, bytes_text, measured_text
-from qpruner.report.page import NUMBERS
+from qpruner.report.page import NUMBERS, before_after_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -81,16 +81,11 @@ def sentences(facts: RetrainedFacts) -> list[str]:
 
 def retrained_table(facts: RetrainedFacts) -> "Table":
     """For a terminal."""
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(retrained_title(facts)), title_justify="left")
-    table.add_column("")
-    for head in ("before", "after", "change"):
-        table.add_column(head, justify="right", no_wrap=True)
-    for row in before_after(facts):
-        table.add_row(*(Text(cell) for cell in row))
-    table.caption = Text("\n".join(sentences(facts)))
+    table = before_after_table(retrained_title(facts), before_after(facts))
+    said = [*(f"Warning: {sentence}" for sentence in facts.warnings), *sentences(facts)]
+    table.caption = Text("\n".join(said), style="not italic")
     return table
 
 
