@@ -149,7 +149,7 @@ def divides_over(body: Body) -> tuple[tuple[int, ...], str]:
 def _objection(body: Body, n: int) -> str:
     for index, layer in enumerate(body.widths):
         if odd := next(uneven(layer, n), None):
-            return f"layer {index} has {odd}"
+            return f"layer {index} has {layer}, and {odd} do not divide"
     return _cut_groups(body, n)
 
 
