@@ -14,7 +14,7 @@ from qpruner.artifact.compressed.writing import Written, write_folder
 from qpruner.artifact.dense import Dense
 from qpruner.artifact.loader import ADAPTER
 from qpruner.errors import ModelError, OutputError
-from qpruner.exporting import fresh
+from qpruner.exporting import fresh, served
 from qpruner.exporting.comparing import Off, logits_of, off, sample
 from qpruner.exporting.gguf import importance_of
 from qpruner.files import replacing
@@ -36,7 +36,8 @@ class Exported:
 
     moved: logits of the folder's weights against the artifact's, both in torch, float32. loaded: logits of transformers
     in a fresh process against those of the folder's weights, float32; None where memory does not suffice. as_stored:
-    the same against the artifact, in the dtype that the folder says. vllm: what its rules say.
+    the same against the artifact, in the dtype that the folder says. vllm: what its rules say. served: what vLLM made
+    of it; None where it was not at hand.
     """
 
     written: Written
@@ -46,6 +47,7 @@ class Exported:
     corrected: bool
     versions: dict[str, str]
     vllm: tuple[Verdict, ...]
+    served: served.Served | None
     seconds: float
 
     def to_json(self) -> dict:
@@ -83,6 +85,7 @@ class Exported:
                 f"PeftModel.from_pretrained(model, '{w.path / ADAPTER}')"
             )
         said += [str(verdict) for verdict in self.vllm]
+        said += self.served.lines() if self.served else []
         load = f"AutoModelForCausalLM.from_pretrained('{w.path}')"
         said.append(f"load it with: {'' if w.stock else 'import qpruner; '}{load}")
         if all(verdict.holds for verdict in self.vllm):
@@ -92,9 +95,20 @@ class Exported:
 
 
 def to_compressed_tensors(
-    source: Source, path: Path, calibration: Path | None, on_progress: OnProgress, *, round_again: bool = False
+    source: Source,
+    path: Path,
+    calibration: Path | None,
+    on_progress: OnProgress,
+    *,
+    round_again: bool = False,
+    vllm: str | None = None,
 ) -> Exported:
+    """Args:
+    round_again: what the format does not hold is rounded once more.
+    vllm: a Python that has it, to open the folder there; by default this one, where it has.
+    """
     start = time.monotonic()
+    python = served.interpreter(vllm)
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise OutputError(f"{path} is there already; name a folder that is not, or is empty.")
     dense = Dense(source)
@@ -123,10 +137,15 @@ def to_compressed_tensors(
                 )
             as_stored = off(torch.from_numpy(answer.logits[written.dtype].copy()), ours)
         verdicts = tuple(vllm_verdict(temporary))
+        there = None
+        if python and all(verdict.holds for verdict in verdicts):
+            on_progress("opening in vLLM", 0, 1)
+            beside = dict(adapter=temporary / ADAPTER, rank=written.lora_rank) if written.adapter_rank else {}
+            there = served.served(python, temporary, ids, written.dtype, weights=theirs, artifact=ours, **beside)
         on_progress("comparing", 3, 3)
     return Exported(
         changed(written, path=path), moved, loaded, as_stored, answer.corrected, answer.versions, verdicts,
-        time.monotonic() - start,
+        there, time.monotonic() - start,
     )  # fmt: skip
 
 
