@@ -62,4 +62,4 @@ EXPORTERS = {
     "gguf": (to_gguf, ".gguf"),
     "compressed-tensors": (to_compressed_tensors, "-compressed-tensors"),
 }
-OPTIONS = {"hf": ("padded", "with_code", "adapters_beside"), "compressed-tensors": ("round_again", "vllm")}
+OPTIONS = {"hf": ("padded", "with_code", "adapters_beside", "vllm"), "compressed-tensors": ("round_again", "vllm")}

@@ -67,7 +67,7 @@ class Exported:
             )
         said += w.notes
         said.append(f"weights of the folder against the artifact: {self.moved}")
-        loader = "transformers in a fresh process" + ("" if w.stock else ", with qpruner imported")
+        loader = "transformers in a fresh process" + ("" if w.stock else ", by the code in the folder")
         if self.loaded is None:
             said.append(f"{loader} was not asked: it holds the whole model in float32, and there is no memory for that")
         else:
@@ -86,11 +86,14 @@ class Exported:
             )
         said += [str(verdict) for verdict in self.vllm]
         said += self.served.lines() if self.served else []
-        load = f"AutoModelForCausalLM.from_pretrained('{w.path}')"
-        said.append(f"load it with: {'' if w.stock else 'import qpruner; '}{load}")
+        trusted = "" if w.stock else ", trust_remote_code=True"
+        load = f"AutoModelForCausalLM.from_pretrained('{w.path}'{trusted})"
+        said.append(f"load it with: {load}" + ("" if w.stock else ", or without that after import qpruner"))
         if all(verdict.holds for verdict in self.vllm):
-            lora = f" --enable-lora --max-lora-rank {w.lora_rank} --lora-modules recovered={w.path / ADAPTER}"
-            said.append(f"serve it with: vllm serve {w.path}{lora if w.adapter_rank else ''}")
+            rank = served.lora_rank(w.adapter_rank)
+            lora = f" --enable-lora --max-lora-rank {rank} --lora-modules recovered={w.path / ADAPTER}"
+            code = "" if w.stock else " --trust-remote-code"
+            said.append(f"serve it with: vllm serve {w.path}{code}{lora if w.adapter_rank else ''}")
         return said
 
 
@@ -140,8 +143,10 @@ def to_compressed_tensors(
         there = None
         if python and all(verdict.holds for verdict in verdicts):
             on_progress("opening in vLLM", 0, 1)
-            beside = dict(adapter=temporary / ADAPTER, rank=written.lora_rank) if written.adapter_rank else {}
-            there = served.served(python, temporary, ids, written.dtype, weights=theirs, artifact=ours, **beside)
+            there = served.served(
+                python, temporary, ids, written.dtype, weights=theirs, artifact=ours,
+                adapter=temporary / ADAPTER if written.adapter_rank else None, code=not written.stock,
+            )  # fmt: skip
         on_progress("comparing", 3, 3)
     return Exported(
         changed(written, path=path), moved, loaded, as_stored, answer.corrected, answer.versions, verdicts,
@@ -172,12 +177,11 @@ def memory_for(dense: Dense) -> bool:
 
 
 def opened(folder: Path, ids: Tensor, written: Written) -> fresh.Answer:
-    adapter = (
-        folder / ADAPTER if written.adapter_rank and written.stock else None
-    )  # our own loader puts them there itself
+    # The code in the folder puts them there itself.
+    adapter = folder / ADAPTER if written.adapter_rank and written.stock else None
     try:
         return fresh.ask(
-            folder, ids[0].tolist(), dtypes=("float32", written.dtype), adapter=adapter, own=not written.stock
+            folder, ids[0].tolist(), dtypes=("float32", written.dtype), adapter=adapter, code=not written.stock
         )
     except fresh.Refused as error:
         raise ModelError(f"transformers does not take the exported folder: {error}. Nothing was written.") from None

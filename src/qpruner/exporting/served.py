@@ -18,11 +18,13 @@ from torch import Tensor
 from qpruner.errors import ModelError, OutputError
 from qpruner.exporting import vllm_program
 from qpruner.exporting.comparing import Off, off
+from qpruner.model.adapters import read_adapters
 
 SECONDS = 1800
 # Of logits in float32 on the same weights: only the order of sums differs.
 MOST_OFF = 1e-3
 NO_KERNEL = "Failed to find a kernel"
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM accepts as --max-lora-rank
 
 
 @dataclass(frozen=True)
@@ -91,18 +93,19 @@ def served(
     artifact: Tensor,
     most: float = MOST_OFF,
     adapter: Path | None = None,
-    rank: int = 0,
     code: bool = False,
 ) -> Served:
     """Open a folder in vLLM, twice, and compare.
 
     Args:
         ids: (1, tokens). dtype: that it is served in. weights, artifact: logits to compare with, (tokens, vocabulary).
-        most: relative difference in float32 that is allowed.
+        most: relative difference in float32 that is allowed. adapter: a PEFT folder to put on it.
+        code: Python files in the folder may run; they are ours.
     Raises:
         ModelError: it does not load there, or computes something else.
     """
-    how = dict(adapter=adapter, rank=rank, code=code)
+    rank = max(read_adapters(adapter)[0].values()) if adapter else 0
+    how = dict(adapter=adapter, rank=lora_rank(rank), code=code)
     try:
         plain = ask(python, folder, ids[0].tolist(), "float32", written_out=True, **how)
         exact = off(torch.from_numpy(plain.logits), weights)
@@ -118,6 +121,11 @@ def served(
         raise ModelError(f"vLLM does not take the exported folder: {error}. Nothing was written.") from None
     as_served = off(torch.from_numpy(own.logits), artifact)
     return Served(plain.version, plain.model_class, exact, as_served, own.kernels)
+
+
+def lora_rank(rank: int) -> int:
+    """The smallest of vLLM's maximal ranks that holds adapters of this one."""
+    return next(most for most in LORA_RANKS if most >= rank)
 
 
 def ask(
@@ -140,8 +148,10 @@ def ask(
     Raises:
         Refused: the folder does not load, or does not run.
     """
-    request = dict(folder=str(folder.absolute()), tokens=list(tokens), dtype=dtype, written_out=written_out, code=code, rank=rank)
-    request |= {"adapter": adapter and str(adapter.absolute()), "threads": torch.get_num_threads()}
+    request = dict(
+        folder=str(folder.absolute()), tokens=list(tokens), dtype=dtype, written_out=written_out, code=code, rank=rank,
+        adapter=adapter and str(adapter.absolute()), threads=torch.get_num_threads(),
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
         asked, answer = Path(place) / "request.json", Path(place) / "answer"
         asked.write_text(json.dumps(request))
