@@ -6,7 +6,9 @@ import sys
 import pytest
 import torch
 from specs import BINARY, INTEGERS, TERNARY, of_groups
+from tiny_folder import save
 from tiny_gguf import artifact_of, folder_of
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from qpruner import exporting
@@ -179,6 +181,18 @@ def test_layers_of_their_own_widths_load_with_our_loader(tmp_path, in_process):
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, loaded(ids).logits, rtol=1e-4, atol=1e-4)
     assert type(again.model.layers[1].mlp.down_proj.get_base_layer()).__name__ == "PackedLinear"  # and not decoded
+
+
+def test_a_class_whose_linears_multiply_in_their_own_way_keeps_our_type(tmp_path, in_process):
+    """Falcon's do; compressed-tensors takes the weight from where they look for it."""
+    over = dict(vocab_size=259, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("falcon", **over)).to(torch.bfloat16)
+    artifact = artifact_of(
+        save(model, tmp_path / "m"), tmp_path / "a", specs=(integer(4, 32),), kv_groups=(1, 1), channels=(256, 256)
+    )
+    assert not export(artifact, tmp_path / "o").written.stock
 
 
 def test_ternary_and_binary_codes_are_integers_of_two_bits(tmp_path, in_process):
