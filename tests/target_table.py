@@ -7,8 +7,9 @@ model exported and opened by the real loader.
 import itertools
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,15 +18,13 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from qpruner import exporting, recipe
 from qpruner import shape as shaping
-from qpruner.artifact.dense import Dense
 from qpruner.artifact.opened import open_stream
 from qpruner.artifact.save import save_artifact
 from qpruner.body import body_of, body_of_plan
 from qpruner.do.quantize import Candidates
 from qpruner.errors import QPrunerError
 from qpruner.exporting import fresh
-from qpruner.exporting.comparing import logits_of, off, sample
-from qpruner.loading import TARGETS as PLACES
+from qpruner.exporting.comparing import logits_of, off
 from qpruner.loading import Loads, loading
 from qpruner.model import load
 from qpruner.model.depth import shortened_config
@@ -85,25 +84,6 @@ WIDTHS: dict[str, Widths] = {
 }
 STORAGE = {"16 bits": (DENSE,), "int4": (INT4,), "NF4": (NF4,), "int4 and int8": (INT4, INT8)}
 KINDS = ("kv_group", "channel")
-
-
-@dataclass(frozen=True)
-class Target:
-    """name: the column. options: of the export; None for the artifact as it is, opened with qpruner imported."""
-
-    name: str
-    to: str = ""
-    options: tuple[str, ...] = ()
-
-
-TARGETS = (
-    Target("transformers with qpruner"),
-    Target("`--to hf`", "hf"),
-    Target("`--to hf --padded`", "hf", ("padded",)),
-    Target("`--to hf --with-code`", "hf", ("with_code",)),
-    Target("`--to compressed-tensors`", "compressed-tensors"),
-    Target("`--to gguf`", "gguf"),
-)
 
 
 def rows() -> list[Row]:
@@ -194,24 +174,69 @@ class Cell:
         return bool(self.said.why_not) == bool(self.done.why_not) and self.said.how == self.done.how and not self.late
 
 
+# --- what is said, by the place it is said of and the command that the column is about -------------------------------
+
+
+def as_it_is(row: Loads, command: str) -> Answer:
+    return Answer("" if row.loads else row.sentence)
+
+
+def if_named(row: Loads, command: str) -> Answer:
+    """By the command that makes it load; one that loads as it is needs none, and is refused."""
+    return Answer("" if row.command == command else row.sentence)
+
+
+def stock_or_named(row: Loads, command: str) -> Answer:
+    return Answer("" if row.loads or row.command == command else row.sentence)
+
+
+def stock_or_filled(row: Loads, command: str) -> Answer:
+    """Where layers are equally wide nothing has to be filled up."""
+    return Answer("" if row.loads or row.command in (command, command.removesuffix(" --padded")) else row.sentence)
+
+
+def in_codes(row: Loads, command: str) -> Answer:
+    found = stock_or_named(row, command)
+    return found if found.why_not else Answer(how="with qpruner" if "qpruner imported" in row.sentence else "")
+
+
+def in_architecture(row: Loads, command: str) -> Answer:
+    if not row.command.startswith(f"{command} "):
+        return Answer(row.sentence)
+    return Answer(how=re.search("architecture '(.*)'", row.sentence)[1])
+
+
+@dataclass(frozen=True)
+class Target:
+    """name: the column. place: of `loading`. said: what its row says of this.
+
+    to, options: of the export; none for the artifact as it is, opened with qpruner imported.
+    """
+
+    name: str
+    place: str
+    said: Callable[[Loads, str], Answer]
+    to: str = ""
+    options: tuple[str, ...] = ()
+
+
+TARGETS = (
+    Target("transformers with qpruner", "transformers with qpruner", as_it_is),
+    Target("`--to hf`", "transformers alone", stock_or_named, "hf"),
+    Target("`--to hf --padded`", "transformers alone", stock_or_filled, "hf", ("padded",)),
+    Target("`--to hf --with-code`", "transformers with remote code", if_named, "hf", ("with_code",)),
+    Target("`--to compressed-tensors`", "transformers with compressed-tensors", in_codes, "compressed-tensors"),
+    Target("`--to gguf`", "llama.cpp", in_architecture, "gguf"),
+)
+
+
 def said(rows: Sequence[Loads], target: Target) -> Answer:
     """What the sentences and commands of `loading` say of an export."""
-    row = {row.target: row for row in rows}
-    us, alone, remote, _, llama_cpp, compressed = (row[name] for name in PLACES)
-    command = f"qpruner export OUT {target.name.strip('`')}"
-    if not target.to:
-        return Answer("" if us.loads else us.sentence)
-    if target.to == "gguf":
-        how = re.search("architecture '(.*)'", llama_cpp.sentence) if command in llama_cpp.command else None
-        return Answer(how=how[1]) if how else Answer(llama_cpp.sentence)
-    if target.to == "compressed-tensors":
-        yes = compressed.loads or compressed.command == command
-        with_us = "with qpruner" if "qpruner imported" in compressed.sentence else ""
-        return Answer(how=with_us) if yes else Answer(compressed.sentence)
-    if target.options == ("with_code",):
-        return Answer("" if remote.command == command else remote.sentence)
-    commands = [command, "qpruner export OUT --to hf"]  # where nothing is uneven, nothing is filled up
-    return Answer("" if alone.loads or alone.command in commands else alone.sentence)
+    row = next(row for row in rows if row.target == target.place)
+    return target.said(row, f"qpruner export OUT {target.name.strip('`')}")
+
+
+# --- what is done ----------------------------------------------------------------------------------------------------
 
 
 def done(artifact: Path, target: Target, folder: Path) -> tuple[Answer, bool]:
@@ -234,7 +259,7 @@ def done(artifact: Path, target: Target, folder: Path) -> tuple[Answer, bool]:
 
 def opened_with_us(artifact: Path) -> str:
     source = load.inspect_source(artifact)
-    ids, _ = sample(source, Dense(source))
+    ids = torch.randint(source.original.vocab_size, (1, 32), generator=torch.Generator().manual_seed(0))
     try:
         answer = fresh.ask(artifact, ids[0].tolist(), own=True)
     except fresh.Refused as error:
@@ -278,4 +303,8 @@ def markdown(found: Mapping[Row, Mapping[str, Cell]]) -> str:
     body = [(*row, *(text(one[target.name]) for target in TARGETS)) for row, one in found.items()]
     lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body)]
     notes = [f"{number}. {sentence}" for sentence, number in sentences.items()]
-    return "\n".join([INTRODUCTION, "", *lines, "", "## What refusals say", "", *notes, ""])
+    every = [cell for one in found.values() for cell in one.values()]
+    yes = sum(not cell.done.why_not for cell in every)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "compressed-tensors", "xllamacpp"))
+    counted = f"{len(found)} rows, {len(every)} cells: {yes} load, {len(every) - yes} are refused. With {versions}."
+    return "\n".join([INTRODUCTION, "", counted, "", *lines, "", "## What refusals say", "", *notes, ""])

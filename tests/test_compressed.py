@@ -8,6 +8,7 @@ import torch
 from specs import BINARY, INTEGERS, TERNARY, of_groups
 from tiny_folder import save
 from tiny_gguf import artifact_of, folder_of
+from tiny_remote import remote_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -250,6 +251,13 @@ def test_codes_that_it_does_not_hold_are_rounded_again_only_if_asked(spec, tmp_p
     result = export(artifact, tmp_path / "o", round_again=True)
     assert {one.scheme for one in result.written.again} == {f"int{spec.bits} g64"}
     assert 0 < result.moved.relative < 1 and "rounded once more" in "\n".join(result.lines())
+
+
+def test_a_model_with_code_of_its_own_is_refused_before_anything_is_written(tmp_path):
+    model = remote_model(tmp_path / "m", "rotary")
+    with pytest.raises(ModelError, match="comes with Python code of its own"):
+        export(model, tmp_path / "o", trust_remote_code=True)
+    assert not list(tmp_path.glob("*o")) and not list(tmp_path.glob(".o*"))
 
 
 def test_text_tells_which_columns_count_when_weights_are_rounded_again(tmp_path, in_process, short_text):

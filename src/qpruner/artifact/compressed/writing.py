@@ -123,8 +123,6 @@ def write_folder(
     for name in TOKENIZER_FILES:
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)
-    for path in source.code:
-        shutil.copyfile(path, folder / path.name)
     rank = 0
     if source.config.model_type == MODEL_TYPE and (source.folder / ADAPTER).is_dir():
         shutil.copytree(source.folder / ADAPTER, folder / ADAPTER)
