@@ -62,7 +62,7 @@ Calibration = Annotated[
 ]
 Target = Annotated[
     str | None,
-    typer.Option("--target", help="Stay inside what it can load: transformers (default), vllm, gguf or any of them."),
+    typer.Option("--target", help="Stay inside what it can load: transformers (default), vllm, deci, gguf or any."),
 ]
 Trials = Annotated[int | None, typer.Option(min=1, help="Trials of the search, in place of the recipe's.")]
 Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that evaluate trials. Default: this one.")]
@@ -349,7 +349,8 @@ def export(
         str,
         typer.Option(
             "--to",
-            help="What is written: hf, for transformers alone; gguf, for llama.cpp; compressed-tensors, for vLLM.",
+            help="What is written: hf, for transformers alone; gguf, for llama.cpp; compressed-tensors, for vLLM; "
+            "deci, for vLLM's DeciLM.",
         ),
     ],
     output: Annotated[

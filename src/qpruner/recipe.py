@@ -78,7 +78,8 @@ class Recipe(Value):
         least_kept: fraction of the units of a group that stays at least.
         width_choices: widths that a group may have, at most.
         drop_layers: whether whole layers may go. pack_embeddings: whether embedding and head may be stored in codes.
-        target: what has to load the result: our own loader in `transformers`, `vllm`, `gguf`, or `any` of them.
+        target: what has to load the result: our own loader in `transformers`, `vllm`, vLLM's DeciLM (`deci`), `gguf`,
+            or `any` of transformers, vllm and gguf.
         gate_steps: that learned gates are trained; 0 for none. gates: a `table` of numbers, or a `hypernetwork` that
             makes them.
         trials_at_once: trials that are chosen before the first of them is known; as many can run side by side.
@@ -172,7 +173,7 @@ class Recipe(Value):
     width_choices: int = Field(default=8, ge=1)
     drop_layers: bool = True
     pack_embeddings: bool = True
-    target: Literal["transformers", "vllm", "gguf", "any"] = "transformers"
+    target: Literal["transformers", "vllm", "deci", "gguf", "any"] = "transformers"
     gate_steps: int = Field(default=0, ge=0)
     gates: Literal["table", "hypernetwork"] = "table"
     trials_at_once: int = Field(default=4, ge=1)

@@ -2,8 +2,9 @@
 
 transformers   with qpruner's loader: everything
 vllm           0.33: widths of each layer through its transformers backend, codes as compressed-tensors' pack-quantized
+deci           DeciLM's class in vLLM: channels of each layer, one number of query heads for all
 gguf           llama.cpp of 2026-10: widths of each layer where the architecture maps to `deci` or `openelm`
-any            what all of these can
+any            what transformers, vllm and gguf can
 
 What is known from the sources of these versions, or was run, is refused flatly. What is only probable is refused too,
 and its sentence says so.
@@ -11,13 +12,13 @@ and its sentence says so.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from qpruner.errors import listed
+from qpruner.errors import ModelError, listed
 from qpruner.plan import DENSE, QuantSpec
 
-Target = Literal["transformers", "vllm", "gguf", "any"]
+Target = Literal["transformers", "vllm", "deci", "gguf", "any"]
 
 # Weights in a block of llama.cpp's types: of 2, 3 and 6 bits there are only K-types; 4, 5 and 8 bits have types with
 # smaller blocks, which it falls back to.
@@ -53,9 +54,10 @@ class LayerWidths:
 class Rules:
     """What a target asks of a plan for one model.
 
-    uniform_widths: every layer as wide as the others.
+    uniform_widths: every layer as wide as the others. uniform_heads: as many query heads as the others.
     channel_multiple: of the MLP channels that stay, where some go, so that every spec on offer can store their reader.
     head_columns_multiple: the same of kept heads times their size.
+    packs_embeddings: whether embedding and head may lie in codes.
     drops_layers, drops_attention, drops_mlp: what may go as a whole. Layers are numbered anew; of a layer's two parts
         one may go without the other.
     first_attention: the first layer that stays keeps its attention.
@@ -65,8 +67,10 @@ class Rules:
 
     target: Target
     uniform_widths: bool = False
+    uniform_heads: bool = False
     channel_multiple: int = 1
     head_columns_multiple: int = 1
+    packs_embeddings: bool = True
     drops_layers: bool = True
     drops_attention: bool = True
     drops_mlp: bool = True
@@ -98,11 +102,15 @@ def rules_of(target: Target, config: Mapping[str, Any], *, tied: bool, specs: Se
         config: its configuration, as transformers writes it.
         tied: whether embedding and head are one tensor.
         specs: how linears may be stored; multiples are those at which all that are accepted can store all that is kept.
+    Raises:
+        ModelError: the target computes something else than models of this type do.
     """
     if target == "transformers":
         return Rules(target)
     if target == "vllm":
         return _vllm(config, specs)
+    if target == "deci":
+        return _deci(config, specs)
     if target == "gguf":
         return _gguf(config, tied, specs)
     return _both(_vllm(config, specs), _gguf(config, tied, specs))
@@ -128,6 +136,12 @@ def refused(
     odd = next((i for i, layer in enumerate(widths) if layer != widths[0]), None)
     if rules.uniform_widths and odd is not None:
         said.append(f"layer 0 keeps {widths[0]}, and layer {odd} {widths[odd]}; {rules.reason('uniform_widths')}.")
+    odd = next((i for i, layer in enumerate(widths) if layer.heads != widths[0].heads), None)
+    if rules.uniform_heads and odd is not None:
+        said.append(
+            f"layer 0 keeps {widths[0].heads} heads, and layer {odd} {widths[odd].heads}; "
+            f"{rules.reason('uniform_heads')}."
+        )
     parts = (("drops_attention", "heads", "attention"), ("drops_mlp", "channels", "MLP"))
     for field, width, name in parts:
         without = [i for i, layer in enumerate(widths) if not getattr(layer, width)]
@@ -152,6 +166,7 @@ def _vllm(config: Mapping[str, Any], specs: Sequence[QuantSpec]) -> Rules:
         uniform_widths=_mixture(config),
         channel_multiple=multiple,
         head_columns_multiple=multiple,
+        packs_embeddings=False,
         drops_attention=False,
         drops_mlp=False,
         reasons=(
@@ -161,6 +176,19 @@ def _vllm(config: Mapping[str, Any], specs: Sequence[QuantSpec]) -> Rules:
         ),
         formats=("vllm",),
     )
+
+
+def _deci(config: Mapping[str, Any], specs: Sequence[QuantSpec]) -> Rules:
+    kind = config["model_type"]
+    if kind not in DECI or not _plain_llama(config):
+        raise ModelError(
+            f"DeciLM computes what Llama does, without windows and with SiLU, and so do {', '.join(DECI)} as they "
+            f"mostly are; {kind!r} does not, or not with this configuration."
+        )
+    heads = "DeciLM has one number of query heads for all layers"
+    whole = "a layer without one of its parts was never opened in vLLM's DeciLM"
+    reasons = (("uniform_heads", heads), ("drops_attention", whole), ("drops_mlp", whole))
+    return replace(_vllm(config, specs), target="deci", uniform_heads=True, reasons=reasons)
 
 
 def _gguf(config: Mapping[str, Any], tied: bool, specs: Sequence[QuantSpec]) -> Rules:
@@ -197,7 +225,7 @@ def _gguf(config: Mapping[str, Any], tied: bool, specs: Sequence[QuantSpec]) -> 
 def _both(a: Rules, b: Rules) -> Rules:
     """What both allow; of the reasons, those of the one that is not free."""
     strict = {"uniform_widths": True, "first_attention": True} | dict.fromkeys(
-        ("drops_layers", "drops_attention", "drops_mlp"), False
+        ("packs_embeddings", "drops_layers", "drops_attention", "drops_mlp"), False
     )
     found = {
         field: value if value in (getattr(a, field), getattr(b, field)) else not value
@@ -224,17 +252,19 @@ def _layered_in_gguf(config: Mapping[str, Any], tied: bool) -> Literal["deci", "
     kind = config["model_type"]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    plain = (
-        not _slides(config)
-        and not config.get("mlp_bias")
-        and config.get("hidden_act", "silu") == "silu"
-        and rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) in (None, 1, 1.0)
-    )
+    plain = _plain_llama(config) and not config.get("mlp_bias")
     if plain and kind in DECI and rope_type in DECI_ROPE:
         return "deci"
     if plain and kind in OPENELM and tied and not config.get("attention_bias") and rope_type in OPENELM_ROPE:
         return "openelm"
     return None
+
+
+def _plain_llama(config: Mapping[str, Any]) -> bool:
+    """No window, SiLU, and all of a head is rotated."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rotated = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    return not _slides(config) and config.get("hidden_act", "silu") == "silu" and rotated in (None, 1, 1.0)
 
 
 def _slides(config: Mapping[str, Any]) -> bool:

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from qpruner.errors import ModelError, OutputError
 from qpruner.exporting.compressed_tensors import to_compressed_tensors
+from qpruner.exporting.deci import to_deci
 from qpruner.exporting.gguf import to_gguf
 from qpruner.exporting.hf import to_hf
 from qpruner.model.load import inspect_source
@@ -61,5 +62,10 @@ EXPORTERS = {
     "hf": (to_hf, "-hf"),
     "gguf": (to_gguf, ".gguf"),
     "compressed-tensors": (to_compressed_tensors, "-compressed-tensors"),
+    "deci": (to_deci, "-deci"),
 }
-OPTIONS = {"hf": ("padded", "with_code", "adapters_beside", "vllm"), "compressed-tensors": ("round_again", "vllm")}
+OPTIONS = {
+    "hf": ("padded", "with_code", "adapters_beside", "vllm"),
+    "compressed-tensors": ("round_again", "vllm"),
+    "deci": ("round_again", "vllm"),
+}

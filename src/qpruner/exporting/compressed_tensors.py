@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qpruner.artifact.compressed.reading import Unpacked
-from qpruner.artifact.compressed.writing import Written, write_folder
+from qpruner.artifact.compressed.writing import Form, Written, write_folder
 from qpruner.artifact.dense import Dense
 from qpruner.artifact.loader import ADAPTER
 from qpruner.errors import ModelError, OutputError
@@ -67,7 +67,8 @@ class Exported:
             )
         said += w.notes
         said.append(f"weights of the folder against the artifact: {self.moved}")
-        loader = "transformers in a fresh process" + ("" if w.stock else ", by the code in the folder")
+        by = ", by the code in the folder" if w.code else ", with qpruner imported" if w.own else ""
+        loader = f"transformers in a fresh process{by}"
         if self.loaded is None:
             said.append(f"{loader} was not asked: it holds the whole model in float32, and there is no memory for that")
         else:
@@ -79,20 +80,21 @@ class Exported:
                 "packs them itself: it was corrected for this check, and plain transformers refuses the folder "
                 "with it; symmetric=true loads everywhere"
             )
-        if w.adapter_rank and w.stock:
+        if w.adapter_rank and not w.own:
             said.append(
                 "adapters lie beside, in PEFT's format; in transformers, after a first pass: "
                 f"PeftModel.from_pretrained(model, '{w.path / ADAPTER}')"
             )
         said += [str(verdict) for verdict in self.vllm]
         said += self.served.lines() if self.served else []
-        trusted = "" if w.stock else ", trust_remote_code=True"
-        load = f"AutoModelForCausalLM.from_pretrained('{w.path}'{trusted})"
-        said.append(f"load it with: {load}" + ("" if w.stock else ", or without that after import qpruner"))
+        imports = "import qpruner; " if w.own and not w.code else ""
+        trusted = ", trust_remote_code=True" if w.code else ""
+        load = f"{imports}AutoModelForCausalLM.from_pretrained('{w.path}'{trusted})"
+        said.append(f"load it with: {load}" + (", or without that after import qpruner" if w.own and w.code else ""))
         if all(verdict.holds for verdict in self.vllm):
             rank = served.lora_rank(w.adapter_rank)
             lora = f" --enable-lora --max-lora-rank {rank} --lora-modules recovered={w.path / ADAPTER}"
-            code = "" if w.stock else " --trust-remote-code"
+            code = " --trust-remote-code" if w.code else ""
             said.append(f"serve it with: vllm serve {w.path}{code}{lora if w.adapter_rank else ''}")
         return said
 
@@ -103,10 +105,12 @@ def to_compressed_tensors(
     calibration: Path | None,
     on_progress: OnProgress,
     *,
+    form: Form | None = None,
     round_again: bool = False,
     vllm: str | None = None,
 ) -> Exported:
     """Args:
+    form: what stands around the weights, as `write_folder` has it.
     round_again: what the format does not hold is rounded once more.
     vllm: a Python that has it, to open the folder there; by default this one, where it has.
     """
@@ -124,7 +128,9 @@ def to_compressed_tensors(
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         show = lambda done, total: on_progress("writing", done, total)
-        written = write_folder(source, temporary, round_again=round_again, importance=importance, on_tensor=show)
+        written = write_folder(
+            source, temporary, form=form, round_again=round_again, importance=importance, on_tensor=show
+        )
         ids, _ = sample(source, dense)
         on_progress("comparing", 0, 3)
         ours = logits_of(dense.stream(), ids)
@@ -150,7 +156,7 @@ def to_compressed_tensors(
             on_progress("opening in vLLM", 0, 1)
             there = served.served(
                 python, temporary, ids, written.dtype, weights=theirs, artifact=ours,
-                adapter=temporary / ADAPTER if written.adapter_rank else None, code=not written.stock,
+                adapter=temporary / ADAPTER if written.adapter_rank else None, code=written.code,
             )  # fmt: skip
         on_progress("comparing", 3, 3)
     return Exported(
@@ -182,11 +188,11 @@ def memory_for(dense: Dense) -> bool:
 
 
 def opened(folder: Path, ids: Tensor, written: Written) -> fresh.Answer:
-    # The code in the folder puts them there itself.
-    adapter = folder / ADAPTER if written.adapter_rank and written.stock else None
+    adapter = folder / ADAPTER if written.adapter_rank and not written.own else None  # our type puts them there itself
     try:
         return fresh.ask(
-            folder, ids[0].tolist(), dtypes=("float32", written.dtype), adapter=adapter, code=not written.stock
-        )
+            folder, ids[0].tolist(), dtypes=("float32", written.dtype), adapter=adapter, code=written.code,
+            own=written.own and not written.code,
+        )  # fmt: skip
     except fresh.Refused as error:
         raise ModelError(f"transformers does not take the exported folder: {error}. Nothing was written.") from None

@@ -13,6 +13,8 @@ from qpruner.recipe import Recipe
 from qpruner.shape import Shape, widths_for
 from qpruner.targets import Rules, rules_of
 
+OF_HEADS = ("kv_group", "query_head")  # kinds that stay whole where all layers have equally many heads
+
 
 def space_for(shape: Shape, recipe: Recipe) -> Space:
     """The choices that a recipe leaves open for a model."""
@@ -26,10 +28,12 @@ def space_for(shape: Shape, recipe: Recipe) -> Space:
         widths={
             name: options_of(group, recipe, step_of(group, recipe, rules))
             for name, group in shape.graph.groups.items()
-            if varies(group, recipe) and not protected[group.layer]
+            if varies(group, recipe)
+            and not protected[group.layer]
+            and not (group.kind in OF_HEADS and rules.uniform_heads)
         },
         specs=recipe.formats(),
-        embeddings=tuple(shape.graph.embeddings) if recipe.pack_embeddings else (),
+        embeddings=tuple(shape.graph.embeddings) if recipe.pack_embeddings and rules.packs_embeddings else (),
         embedding_specs=[spec for spec in embedding_formats(recipe) if rules.accepts(spec)],
         droppable=[layer for layer, whole in enumerate(protected) if can_go and not whole],
         adapter_rank=recipe.adapter_rank,

@@ -1,7 +1,8 @@
 """A model or an artifact as a Hugging Face folder whose linears lie in compressed-tensors' format.
 
 Where one configuration of a stock class says all widths, the folder is of that class and needs nothing of ours.
-Otherwise it keeps our own model type and its plan, which says the integers that are stored.
+Otherwise it keeps our own model type, its plan, which says the integers that are stored, and Python files that build
+layers of their own widths; or another form is asked for.
 """
 
 import json
@@ -51,6 +52,7 @@ from qpruner.vllm import Scheme
 
 SHARD_BYTES = 5 * 10**9
 Importance = Callable[[str], Tensor | None]  # by the path of a linear: of each of its inputs
+Form = Callable[[Source, Dense, Iterable[str]], "Shell"]  # of a model, some of whose linears are to lie in codes
 OnTensor = Callable[[int, int], None]  # tensors written, tensors in all
 
 
@@ -65,17 +67,28 @@ class Again:
 
 
 @dataclass(frozen=True)
+class Shell:
+    """What stands around weights. config: the content of config.json, of weights at 16 bits. own: of qpruner's type.
+    put_code: writes Python files that build the model into a folder that has a config.json; None where none are."""
+
+    config: dict
+    own: bool = False
+    put_code: Callable[[Path], None] | None = None
+
+
+@dataclass(frozen=True)
 class Written:
     """What was written.
 
-    stock: whether transformers loads it without us. linears: number of them in each scheme. exact: those whose codes
-    were taken over as they are. again: those that were rounded once more. adapter_rank: the largest of the adapters
-    beside; 0 for none. notes: what a reader should know, in sentences.
+    own: of qpruner's model type. code: Python files in the folder build it. linears: number of them in each scheme.
+    exact: those whose codes were taken over as they are. again: those that were rounded once more. adapter_rank: the
+    largest of the adapters beside; 0 for none. notes: what a reader should know, in sentences.
     """
 
     path: Path
     size_bytes: int
-    stock: bool
+    own: bool
+    code: bool
     model_type: str
     dtype: str
     linears: dict[str, int]
@@ -84,14 +97,20 @@ class Written:
     adapter_rank: int
     notes: tuple[str, ...]
 
+    @property
+    def stock(self) -> bool:
+        """Whether transformers loads it as it is."""
+        return not (self.own or self.code)
+
     def to_json(self) -> dict:
-        return asdict(self) | {"path": str(self.path)}
+        return asdict(self) | {"path": str(self.path), "stock": self.stock}
 
 
 def write_folder(
     source: Source,
     folder: Path,
     *,
+    form: Form | None = None,
     round_again: bool = False,
     importance: Importance = lambda path: None,
     on_tensor: OnTensor = lambda *_: None,
@@ -99,6 +118,7 @@ def write_folder(
     """Write into a new folder.
 
     Args:
+        form: what stands around the weights; by default a stock class, or our own type where there is none.
         round_again: linears that the format does not hold are rounded once more, to integers of as many bits; without
             it they are refused.
         importance: how much the squared error of each input's column counts where weights are rounded.
@@ -106,10 +126,12 @@ def write_folder(
         ModelError: the format does not hold the model; nothing was written.
         MissingExtraError: compressed-tensors is not installed.
     """
-    require_compressed_tensors()
     dense = Dense(source)
     chosen = schemes_of(dense, round_again)
-    config, stock = configuration(source, dense, chosen)
+    if chosen:
+        require_compressed_tensors()
+    shell = (form or stock_or_own)(source, dense, chosen)
+    config = shell.config | coded_part(dense, chosen)
     dtype = stored_dtype(source)
     entries = entries_of(dense, chosen, TORCH_NAMES[dtype])
     rounded = Counter()
@@ -123,14 +145,13 @@ def write_folder(
     if source.config.model_type == MODEL_TYPE and (source.folder / ADAPTER).is_dir():
         shutil.copytree(source.folder / ADAPTER, folder / ADAPTER)
         rank = max(read_adapters(folder / ADAPTER)[0].values())
-    if not stock:
+    if shell.own:
         (folder / PLAN).write_text(plan_of(source, chosen).to_json())
-        original = build_skeleton(source.original)
-        told = {"narrowed": narrowed_of(original, dense.model), "shapes": shapes_of(original, dense.model)}
-        standalone.put_beside(folder, told | {"coded": False})
+    if shell.put_code:
+        shell.put_code(folder)
     return Written(
-        path=folder, size_bytes=sum(path.stat().st_size for path in folder.rglob("*.safetensors")), stock=stock,
-        model_type=config["model_type"], dtype=str(dtype).removeprefix("torch."),
+        path=folder, size_bytes=sum(path.stat().st_size for path in folder.rglob("*.safetensors")), own=shell.own,
+        code=shell.put_code is not None, model_type=config["model_type"], dtype=str(dtype).removeprefix("torch."),
         linears=dict(Counter(scheme.name for scheme, _ in chosen.values())),
         exact=sum(again is None for _, again in chosen.values()),
         again=tuple(again for _, again in chosen.values() if again), adapter_rank=rank,
@@ -161,34 +182,38 @@ def schemes_of(dense: Dense, round_again: bool) -> dict[str, tuple[Scheme, Again
     return found
 
 
-def configuration(source: Source, dense: Dense, chosen: Mapping[str, tuple[Scheme, Again | None]]) -> tuple[dict, bool]:
-    """The content of config.json, and whether it is that of a stock class."""
-    content, stock = plain_configuration(source, dense, chosen)
-    if chosen:
-        linears = [name for name, module in dense.model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-        content["quantization_config"] = quantization_config({n: scheme for n, (scheme, _) in chosen.items()}, linears)
-    return content, stock
+def coded_part(dense: Dense, chosen: Mapping[str, tuple[Scheme, Again | None]]) -> dict:
+    """What config.json says of codes."""
+    if not chosen:
+        return {}
+    linears = [name for name, module in dense.model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    return {"quantization_config": quantization_config({n: scheme for n, (scheme, _) in chosen.items()}, linears)}
 
 
-def plain_configuration(source: Source, dense: Dense, coded: Iterable[str]) -> tuple[dict, bool]:
+def stock_or_own(source: Source, dense: Dense, coded: Iterable[str]) -> Shell:
     """Of the same model with weights of 16 bits. coded: linears that a stock class would have to take codes for."""
     as_it_is = json.loads((source.folder / "config.json").read_text())
     if source.config.model_type != MODEL_TYPE:
-        return as_it_is, True
-    if out_of_reach(build_skeleton(source.original, trust_remote_code=source.trust_remote_code), coded):
-        return as_it_is, False
-    plan = Plan.read(source.folder / PLAN)
-    plain = plan.model_copy(
-        update={"specs": dict.fromkeys(plan.specs, DENSE), "embeddings": {}, "adapter_ranks": {}, "layers": None}
-    )
+        return Shell(as_it_is)
     original = source.original
-    config = stock_config(
-        original, source.config.base_config, dense.graph, plain, cost.named_tensors(dense.model),
-        trust_remote_code=source.trust_remote_code,
-    )  # fmt: skip
-    if config is None:
-        return as_it_is, False
-    return json.loads(config.to_json_string()), True
+    skeleton = build_skeleton(original, trust_remote_code=source.trust_remote_code)
+    if not out_of_reach(skeleton, coded):
+        plan = Plan.read(source.folder / PLAN)
+        plain = plan.model_copy(
+            update={"specs": dict.fromkeys(plan.specs, DENSE), "embeddings": {}, "adapter_ranks": {}, "layers": None}
+        )
+        config = stock_config(
+            original, source.config.base_config, dense.graph, plain, cost.named_tensors(dense.model),
+            trust_remote_code=source.trust_remote_code,
+        )  # fmt: skip
+        if config is not None:
+            return Shell(json.loads(config.to_json_string()))
+    try:
+        told = {"narrowed": narrowed_of(skeleton, dense.model), "shapes": shapes_of(skeleton, dense.model)}
+    except ModelError:  # there is more to tell than the files know
+        return Shell(as_it_is, own=True)
+    put = lambda folder: standalone.put_beside(folder, told | {"coded": False})
+    return Shell(as_it_is, own=True, put_code=put)
 
 
 def plan_of(source: Source, chosen: Mapping[str, tuple[Scheme, Again | None]]) -> Plan:
