@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from qpruner.artifact import standalone
 from qpruner.artifact.compressed.encoding import (
     as_coded,
     encoded,
@@ -33,6 +34,7 @@ from qpruner.artifact.compressed.schemes import (
 from qpruner.artifact.config import MODEL_TYPE
 from qpruner.artifact.dense import Dense
 from qpruner.artifact.loader import ADAPTER, PLAN, WEIGHTS
+from qpruner.artifact.narrowed import narrowed_of, shapes_of
 from qpruner.artifact.save import TOKENIZER_FILES
 from qpruner.artifact.stock import stock_config
 from qpruner.errors import ModelError, listed
@@ -48,7 +50,6 @@ from qpruner.plan import DENSE, Plan
 from qpruner.vllm import Scheme
 
 SHARD_BYTES = 5 * 10**9
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM 0.33 accepts as --max-lora-rank
 Importance = Callable[[str], Tensor | None]  # by the path of a linear: of each of its inputs
 OnTensor = Callable[[int, int], None]  # tensors written, tensors in all
 
@@ -82,11 +83,6 @@ class Written:
     again: tuple[Again, ...]
     adapter_rank: int
     notes: tuple[str, ...]
-
-    @property
-    def lora_rank(self) -> int:
-        """The smallest of vLLM's maximal ranks that holds the adapters."""
-        return next(rank for rank in LORA_RANKS if rank >= self.adapter_rank)
 
     def to_json(self) -> dict:
         return asdict(self) | {"path": str(self.path)}
@@ -129,6 +125,9 @@ def write_folder(
         rank = max(read_adapters(folder / ADAPTER)[0].values())
     if not stock:
         (folder / PLAN).write_text(plan_of(source, chosen).to_json())
+        original = build_skeleton(source.original)
+        told = {"narrowed": narrowed_of(original, dense.model), "shapes": shapes_of(original, dense.model)}
+        standalone.put_beside(folder, told | {"coded": False})
     return Written(
         path=folder, size_bytes=sum(path.stat().st_size for path in folder.rglob("*.safetensors")), stock=stock,
         model_type=config["model_type"], dtype=str(dtype).removeprefix("torch."),
