@@ -80,6 +80,13 @@ def test_linears_that_multiply_in_their_own_way_ask_for_us_in_compressed_tensors
         assert row.command and ("qpruner imported" in row.sentence) is ours
 
 
+def test_heads_that_only_go_together_are_counted_as_the_configuration_does(tmp_path):
+    model = folder_of("olmo2", tmp_path / "model", num_hidden_layers=2)
+    assert [str(layer) for layer in body_of(inspect_source(model)).widths] == [
+        "8 heads, 4 key/value heads, 512 channels"
+    ] * 2
+
+
 def test_what_is_predicted_is_what_the_artifact_then_says(small_llama, short_text, tmp_path):
     quick = "qpruner[bits=[16],allocation=uniform,kept=0.5,protect_first=0,protect_last=0,adapter_rank=0,steps=0,"
     quick += "calibration_windows=4,evaluation_windows=4,window=32]"

@@ -171,6 +171,8 @@ def layer_widths(text: PreTrainedConfig, graph: Graph, kept: Mapping[str, Sequen
     heads = next((v for name in HEADS if isinstance(v := field_of(text, name), int)), 1)
     kv_heads, channels = field_of(text, "num_key_value_heads"), field_of(text, "intermediate_size")
     stated = LayerWidths(heads, kv_heads or heads, channels or 1)
+    of_heads = [g for g in graph.groups.values() if g.kind in ("kv_group", "query_head")]
+    divided = {group.layer for group in of_heads if group.n_units > 1}
     found = []
     for index in range(len(graph.layers)):
         count = lambda kind, index=index: [
@@ -181,6 +183,8 @@ def layer_widths(text: PreTrainedConfig, graph: Graph, kept: Mapping[str, Sequen
         kv = sum(n for n, _ in count("kv_group")) or stated.kv_heads
         by_kv = next((n for n, _ in count("query_head")), None)
         by_kv = by_kv or (1 if count("kv_group") else stated.heads // stated.kv_heads)
+        if index not in divided:  # one unit may stand for all heads, and then none of them can go
+            kv, by_kv = stated.kv_heads, stated.heads // stated.kv_heads
         found.append(LayerWidths(kv * by_kv, kv, sum(n for n, _ in count("channel")) or stated.channels))
     return tuple(found)
 
