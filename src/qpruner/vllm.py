@@ -158,6 +158,8 @@ def _undivided(layers: Sequence[LayerWidths], head_dim: int, quantization: Mappi
 
 def _class(config: Mapping[str, Any], layers: Sequence[LayerWidths]) -> Verdict:
     name = next(iter(config.get("architectures") or ()), config.get("model_type"))
+    if "block_configs" in config:
+        return Verdict("class", True, f"it has {name} of its own, whose layers have MLPs of their own widths.")
     if len(set(layers)) > 1 or config.get("model_type") == OWN_TYPE:
         if "auto_map" in config:
             return Verdict(
@@ -213,7 +215,11 @@ def _fused(quantization: Mapping, layers: Sequence[LayerWidths]) -> Verdict:
 
 
 def layers_of(config: Mapping[str, Any]) -> list[LayerWidths]:
-    """Widths of every layer, from the common ones and those of `per_layer_config`."""
+    """Widths of every layer, from the common ones and those of `per_layer_config` or of DeciLM's `block_configs`."""
+    if blocks := config.get("block_configs"):
+        heads = _stated(config, "heads")
+        in_group = lambda block: block["attention"]["n_heads_in_group"]
+        return [LayerWidths(heads, heads // in_group(b), b["ffn"]["intermediate_size"]) for b in blocks]
     own = config.get("per_layer_config") or {}
     own = {int(layer): fields for layer, fields in own.items()}
     found = []
