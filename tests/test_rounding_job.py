@@ -150,7 +150,7 @@ def test_starts_in_memory_are_those_of_layer_by_layer(made_of, model, tmp_path, 
 
 
 MERGED = ["bits=[3],group_size=16", "bits=[2,4],group_size=16,symmetric=true,salient=2,allocation=mutual-information"]
-MERGED = [f"gptq[{each},{QUICK},steps=2,batch_size=2,adapter_rank=4" for each in MERGED]
+MERGED = [f"gptq[{each},{QUICK},steps=2,batch_size=2,adapter_rank=4,loftq_iterations=1" for each in MERGED]
 
 
 @pytest.mark.parametrize("recipe", MERGED, ids=["alike", "mixed"])
