@@ -17,11 +17,11 @@ def main() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import qpruner.compress  # noqa: F401
-    from qpruner import api, cli, evaluating, judging  # noqa: F401
+    from qpruner import api, cli, judging  # noqa: F401
 
     torch.set_num_threads(1)
     gc.freeze()  # or every command ends with a search of all this for cycles, and a copy of it
-    judging.ROUNDS = evaluating.ROUNDS = 1  # of processes that measure speeds
+    judging.ROUNDS = 1  # of processes that measure speeds
     for line in sys.stdin:
         words, folder, out, err = json.loads(line)
         if child := os.fork():

@@ -107,10 +107,13 @@ def test_evaluate_says_how_far_another_model_is(qpruner, model, tmp_path, monkey
     shown = json.loads(found.stdout)
     assert shown["kl"]["flips"] == 0 and shown["kl"]["top1_agreement"] == 1
     assert "12 rows, each alone" in shown["protocol"] and shown["standard_error_by"] == "bootstrap of 12 rows"
-    from qpruner import api, evaluating
+    from qpruner import api
+    from qpruner.judge import speed, turns
     from qpruner.report.terminal import evaluation_tables
 
-    monkeypatch.setattr(evaluating, "ROUNDS", 1)  # two processes instead of six
+    here = lambda folder, **_: speed.measure(Path(folder), torch.float32)  # a run of `compress` below starts processes
+    monkeypatch.setattr(turns, "measure_in_fresh_process", here)
+    monkeypatch.setattr(speed, "SECONDS", 0.01)
     shown = api.evaluate(str(model), text=text, protocol="rows", reference=str(model), speed=True, threads=1)
     assert shown["speed"]["ratios"]["decode_tokens_per_second"]["low"] > 0
 
@@ -153,3 +156,5 @@ def test_an_interrupted_run_exits_with_130_and_can_be_continued(qpruner, model, 
     done = qpruner(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out/model.safetensors").is_file()
+    measured = json.loads((tmp_path / "out.run/measurements/speed.json").read_text())
+    assert measured["artifact"]["speed"]["rounds"] == 1 and measured["artifact"]["speed"]["resident_bytes"] > 0
