@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from by_code import opened
 from specs import BINARY, INTEGERS, TERNARY, of_groups
 from tiny_gguf import artifact_of, folder_of
 from typer.testing import CliRunner
@@ -48,14 +49,16 @@ def in_process(monkeypatch):
     compressor = BaseCompressor.get_value_from_registry("pack-quantized")
     monkeypatch.setattr(compressor, "compress", compressor.compress)  # to be put back if it is corrected
 
-    def ask(folder, tokens, *, dtypes, adapter=None, own=False):
+    def ask(folder, tokens, *, dtypes, adapter=None, code=False):
         found, corrected = {}, False
         for name in dtypes:
-            model, now = fresh.loaded(str(folder), getattr(torch, name))
+            dtype = getattr(torch, name)
+            by_code = lambda dtype=dtype: (opened(folder, with_code=True, dtype=dtype), False)
+            model, now = by_code() if code else fresh.loaded(str(folder), dtype)
             corrected |= now
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([tokens])).logits
-            assert own or type(model).__module__.startswith("transformers.models")
+            assert type(model).__module__.startswith("transformers.models")
             found[name] = logits[0].float().numpy()
         return fresh.Answer(
             type(model).__name__, found, corrected, {"compressed_tensors": compressed_tensors.__version__}
@@ -174,7 +177,9 @@ def test_layers_of_their_own_widths_load_with_our_loader(tmp_path, in_process):
     artifact = artifact_of(folder_of("llama", tmp_path / "m"), tmp_path / "a", specs=specs, rank=4, **UNEVEN)
     result = export(artifact, tmp_path / "o")
     assert not result.written.stock and result.moved.relative < 1e-5
-    assert "import qpruner; AutoModelForCausalLM" in "\n".join(result.lines())
+    said = "\n".join(result.lines())
+    assert "trust_remote_code=True), or without that after import qpruner" in said
+    assert f"vllm serve {tmp_path / 'o'} --trust-remote-code --enable-lora" in said
     loaded, again = load_model(inspect_source(artifact)), load_model(inspect_source(tmp_path / "o"))
     ids = torch.randint(259, (1, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -310,6 +315,6 @@ def test_a_process_that_has_seen_nothing_of_this_loads_it_with_adapters_and_the_
         fresh.ask(tmp_path / "o", [1, 2], dtypes=("float32",))
 
 
-def test_a_process_that_imports_qpruner_loads_layers_of_their_own_widths(tmp_path):
+def test_a_process_without_qpruner_loads_layers_of_their_own_widths_by_the_code_in_the_folder(tmp_path):
     artifact = artifact_of(folder_of("qwen3", tmp_path / "m"), tmp_path / "a", specs=MIXED, **UNEVEN)
     assert not export(artifact, tmp_path / "o").written.stock

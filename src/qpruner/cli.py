@@ -373,6 +373,10 @@ def export(
     adapters_beside: Annotated[
         bool, typer.Option("--adapters-beside", help="hf: adapters stay a PEFT folder, and are not merged.")
     ] = False,
+    vllm: Annotated[
+        Path | None,
+        typer.Option("--vllm", help="Python of an environment that has vLLM: the result is opened there as well."),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -384,6 +388,7 @@ def export(
         found = api.export(
             model, to, output, calibration=calibration, trust_remote_code=trust_remote_code, on_progress=on_progress,
             round_again=round_again, padded=padded, with_code=with_code, adapters_beside=adapters_beside,
+            vllm=vllm and str(vllm),
         )  # fmt: skip
     if as_json:
         _print_json(found.to_json())

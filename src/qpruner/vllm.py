@@ -93,7 +93,7 @@ def vllm_verdict(model: Path | Mapping[str, Any], *, sizes: Sequence[int] = TENS
     config = model if isinstance(model, Mapping) else json.loads((Path(model) / "config.json").read_text())
     layers = layers_of(config)
     found = [_class(config, layers), _attention(layers)]
-    if config.get("model_type") == OWN_TYPE and "quantization_config" not in config:
+    if config.get("model_type") == OWN_TYPE and "quantization_config" not in config and config.get("coded", True):
         return [*found, Verdict("codes", False, "it does not read qpruner's codes; export --to compressed-tensors.")]
     if (quantization := config.get("quantization_config")) is not None:
         if quantization.get("quant_method") != "compressed-tensors":

@@ -3,6 +3,7 @@
 narrowed    module -> the attributes that are not those of the original's module of that name, `config` among them
             where a module sees counts of its own in the configuration
 embeddings  path of an embedding in codes -> its width, what its rows are multiplied by, the heads tied to it
+shapes      tensor -> its shape at 16 bits, where it is not the original's, for those who build before they read
 """
 
 from inspect import signature
@@ -39,6 +40,13 @@ def narrowed_of(original: nn.Module, narrowed: nn.Module) -> dict[str, dict]:
         if changed := _differences(whole[path], module):
             found[path] = changed
     return found
+
+
+def shapes_of(original: nn.Module, plain: nn.Module) -> dict[str, list[int]]:
+    """plain: the narrowed model, nothing packed."""
+    tensors = lambda model: {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    whole = tensors(original)
+    return {name: list(t.shape) for name, t in tensors(plain).items() if name in whole and whole[name].shape != t.shape}
 
 
 def embeddings_of(narrowed: nn.Module, graph: Graph) -> dict[str, dict]:

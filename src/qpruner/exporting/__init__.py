@@ -28,7 +28,7 @@ def export(
     calibration: str | Path | None = None,
     trust_remote_code: bool = False,
     on_progress: OnProgress = silent,
-    **options: bool,
+    **options: bool | str | None,
 ) -> Exported:
     """Write a model or an artifact for another program, and open it there.
 
@@ -62,4 +62,4 @@ EXPORTERS = {
     "gguf": (to_gguf, ".gguf"),
     "compressed-tensors": (to_compressed_tensors, "-compressed-tensors"),
 }
-OPTIONS = {"hf": ("padded", "with_code", "adapters_beside"), "compressed-tensors": ("round_again",)}
+OPTIONS = {"hf": ("padded", "with_code", "adapters_beside", "vllm"), "compressed-tensors": ("round_again", "vllm")}

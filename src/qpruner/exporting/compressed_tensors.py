@@ -14,7 +14,7 @@ from qpruner.artifact.compressed.writing import Written, write_folder
 from qpruner.artifact.dense import Dense
 from qpruner.artifact.loader import ADAPTER
 from qpruner.errors import ModelError, OutputError
-from qpruner.exporting import fresh
+from qpruner.exporting import fresh, served
 from qpruner.exporting.comparing import Off, logits_of, off, sample
 from qpruner.exporting.gguf import importance_of
 from qpruner.files import replacing
@@ -36,7 +36,8 @@ class Exported:
 
     moved: logits of the folder's weights against the artifact's, both in torch, float32. loaded: logits of transformers
     in a fresh process against those of the folder's weights, float32; None where memory does not suffice. as_stored:
-    the same against the artifact, in the dtype that the folder says. vllm: what its rules say.
+    the same against the artifact, in the dtype that the folder says. vllm: what its rules say. served: what vLLM made
+    of it; None where it was not at hand.
     """
 
     written: Written
@@ -46,6 +47,7 @@ class Exported:
     corrected: bool
     versions: dict[str, str]
     vllm: tuple[Verdict, ...]
+    served: served.Served | None
     seconds: float
 
     def to_json(self) -> dict:
@@ -65,7 +67,7 @@ class Exported:
             )
         said += w.notes
         said.append(f"weights of the folder against the artifact: {self.moved}")
-        loader = "transformers in a fresh process" + ("" if w.stock else ", with qpruner imported")
+        loader = "transformers in a fresh process" + ("" if w.stock else ", by the code in the folder")
         if self.loaded is None:
             said.append(f"{loader} was not asked: it holds the whole model in float32, and there is no memory for that")
         else:
@@ -83,18 +85,33 @@ class Exported:
                 f"PeftModel.from_pretrained(model, '{w.path / ADAPTER}')"
             )
         said += [str(verdict) for verdict in self.vllm]
-        load = f"AutoModelForCausalLM.from_pretrained('{w.path}')"
-        said.append(f"load it with: {'' if w.stock else 'import qpruner; '}{load}")
+        said += self.served.lines() if self.served else []
+        trusted = "" if w.stock else ", trust_remote_code=True"
+        load = f"AutoModelForCausalLM.from_pretrained('{w.path}'{trusted})"
+        said.append(f"load it with: {load}" + ("" if w.stock else ", or without that after import qpruner"))
         if all(verdict.holds for verdict in self.vllm):
-            lora = f" --enable-lora --max-lora-rank {w.lora_rank} --lora-modules recovered={w.path / ADAPTER}"
-            said.append(f"serve it with: vllm serve {w.path}{lora if w.adapter_rank else ''}")
+            rank = served.lora_rank(w.adapter_rank)
+            lora = f" --enable-lora --max-lora-rank {rank} --lora-modules recovered={w.path / ADAPTER}"
+            code = "" if w.stock else " --trust-remote-code"
+            said.append(f"serve it with: vllm serve {w.path}{code}{lora if w.adapter_rank else ''}")
         return said
 
 
 def to_compressed_tensors(
-    source: Source, path: Path, calibration: Path | None, on_progress: OnProgress, *, round_again: bool = False
+    source: Source,
+    path: Path,
+    calibration: Path | None,
+    on_progress: OnProgress,
+    *,
+    round_again: bool = False,
+    vllm: str | None = None,
 ) -> Exported:
+    """Args:
+    round_again: what the format does not hold is rounded once more.
+    vllm: a Python that has it, to open the folder there; by default this one, where it has.
+    """
     start = time.monotonic()
+    python = served.interpreter(vllm)
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise OutputError(f"{path} is there already; name a folder that is not, or is empty.")
     dense = Dense(source)
@@ -123,10 +140,17 @@ def to_compressed_tensors(
                 )
             as_stored = off(torch.from_numpy(answer.logits[written.dtype].copy()), ours)
         verdicts = tuple(vllm_verdict(temporary))
+        there = None
+        if python and all(verdict.holds for verdict in verdicts):
+            on_progress("opening in vLLM", 0, 1)
+            there = served.served(
+                python, temporary, ids, written.dtype, weights=theirs, artifact=ours,
+                adapter=temporary / ADAPTER if written.adapter_rank else None, code=not written.stock,
+            )  # fmt: skip
         on_progress("comparing", 3, 3)
     return Exported(
         changed(written, path=path), moved, loaded, as_stored, answer.corrected, answer.versions, verdicts,
-        time.monotonic() - start,
+        there, time.monotonic() - start,
     )  # fmt: skip
 
 
@@ -153,12 +177,11 @@ def memory_for(dense: Dense) -> bool:
 
 
 def opened(folder: Path, ids: Tensor, written: Written) -> fresh.Answer:
-    adapter = (
-        folder / ADAPTER if written.adapter_rank and written.stock else None
-    )  # our own loader puts them there itself
+    # The code in the folder puts them there itself.
+    adapter = folder / ADAPTER if written.adapter_rank and written.stock else None
     try:
         return fresh.ask(
-            folder, ids[0].tolist(), dtypes=("float32", written.dtype), adapter=adapter, own=not written.stock
+            folder, ids[0].tolist(), dtypes=("float32", written.dtype), adapter=adapter, code=not written.stock
         )
     except fresh.Refused as error:
         raise ModelError(f"transformers does not take the exported folder: {error}. Nothing was written.") from None

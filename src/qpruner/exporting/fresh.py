@@ -1,7 +1,6 @@
 """transformers, asked in a process of its own what it computes from an exported folder.
 
-As a program this file imports nothing of qpruner, and nothing else can there, unless the folder is of qpruner's own
-model type: then `import qpruner` is all that it adds.
+As a program this file imports nothing of qpruner, and nothing else can there.
 """
 
 import importlib.util
@@ -46,25 +45,24 @@ def ask(
     *,
     dtypes: Sequence[str] = ("float32",),
     adapter: Path | None = None,
-    own: bool = False,
     code: bool = False,
 ) -> Answer:
     """Logits after each token, by transformers in a fresh process.
 
     Args:
         dtypes: in which the model is loaded, one after the other. adapter: a PEFT folder to put on it.
-        own: the folder is of qpruner's type. code: Python files in the folder may run; they are ours.
+        code: Python files in the folder may run; they are ours.
     Raises:
         Refused: the folder does not load, or does not run.
     """
     import torch
 
-    request = dict(folder=str(folder), tokens=list(tokens), dtypes=list(dtypes), own=own, code=code)
+    request = dict(folder=str(folder), tokens=list(tokens), dtypes=list(dtypes), code=code)
     request |= {"adapter": adapter and str(adapter), "threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as place:
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{place}/modules"}
         done = subprocess.run(
-            [sys.executable, "-P" if own else "-I", __file__], input=json.dumps(request).encode(), capture_output=True,
+            [sys.executable, "-I", __file__], input=json.dumps(request).encode(), capture_output=True,
             timeout=SECONDS, check=False, env=environment,
         )  # fmt: skip
     if done.returncode:
@@ -82,10 +80,7 @@ def ask(
 
 def main() -> None:
     request = json.load(sys.stdin)
-    if request["own"]:
-        import qpruner  # noqa: F401
-    else:
-        sys.modules["qpruner"] = None  # from here on its import is an error
+    sys.modules["qpruner"] = None  # from here on its import is an error
     import torch
 
     torch.set_num_threads(request["threads"])

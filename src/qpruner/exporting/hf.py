@@ -21,12 +21,12 @@ from qpruner.artifact import standalone
 from qpruner.artifact.config import MODEL_TYPE
 from qpruner.artifact.dense import Dense
 from qpruner.artifact.loader import ADAPTER, MANIFEST, PLAN, WEIGHTS, shell
-from qpruner.artifact.narrowed import embeddings_of, narrowed_of
+from qpruner.artifact.narrowed import embeddings_of, narrowed_of, shapes_of
 from qpruner.artifact.opened import open_stream
 from qpruner.artifact.save import CARD, LICENSES, TOKENIZER_FILES, weight_bytes
 from qpruner.artifact.stock import finds_every_name
 from qpruner.errors import ModelError, OutputError
-from qpruner.exporting import fresh
+from qpruner.exporting import fresh, served
 from qpruner.exporting.comparing import Off, logits_of, off, sample
 from qpruner.exporting.padding import padded as with_zeros
 from qpruner.exporting.padding import widest
@@ -41,6 +41,7 @@ from qpruner.model.tensors import Tensors, write_safetensors
 from qpruner.model_card import card_of
 from qpruner.plan import Plan
 from qpruner.progress import OnProgress
+from qpruner.vllm import vllm_verdict
 
 # Of logits in float32, between two programs on the same weights; and where weights were rounded to 16 bits, or inputs
 # to few, which a digit of their last can move by a step.
@@ -54,7 +55,8 @@ class Exported:
     architecture: the class that transformers makes of it. bytes_before, bytes_after: of all weight files; bytes_uniform
     of the stock class without zeros, where zeros were added. moved: logits of the export's weights against the
     artifact's, in torch; None where they are the same bytes. loaded: logits in a fresh process that has transformers
-    alone against those of the same weights here; None where they do not fit in memory there.
+    alone against those of the same weights here; None where they do not fit in memory there. served: what vLLM made of
+    it; None where it was not at hand, or where its rules speak against it.
     """
 
     path: Path
@@ -64,6 +66,7 @@ class Exported:
     bytes_of_zeros: int
     moved: Off | None
     loaded: Off | None
+    served: served.Served | None
     notes: tuple[str, ...]
     commands: tuple[str, ...]
     seconds: float
@@ -81,6 +84,7 @@ class Exported:
             said.append("not opened in a fresh process: its memory would not do")
         else:
             said.append(f"transformers alone, in a fresh process: {self.loaded}")
+        said += self.served.lines() if self.served else []
         return [*said, *(f"load it with: {command}" for command in self.commands)]
 
 
@@ -93,13 +97,16 @@ def to_hf(
     padded: bool = False,
     with_code: bool = False,
     adapters_beside: bool = False,
+    vllm: str | None = None,
 ) -> Exported:
     """Args:
     padded: fill layers up with zeros to one width, where the class takes that.
     with_code: the artifact as it is, with Python files for trust_remote_code.
     adapters_beside: adapters stay a folder in PEFT's format; by default they are added into the weights.
+    vllm: a Python that has it, to open the folder there; by default this one, where it has.
     """
     _check(source, path, calibration, padded, with_code, adapters_beside)
+    python = served.interpreter(vllm)
     start = time.monotonic()
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
@@ -124,10 +131,19 @@ def to_hf(
             if not loaded.relative < most:
                 raise ModelError(f"transformers computes something else from it ({loaded}). Nothing was written.")
         on_progress("opening in a fresh process", 1, 1)
+        there = None
+        if python and all(verdict.holds for verdict in vllm_verdict(temporary)):
+            on_progress("opening in vLLM", 0, 1)
+            dtype = str(stored_dtype(inspect_source(temporary))).removeprefix("torch.")
+            beside = temporary / ADAPTER if (temporary / ADAPTER).is_dir() else None
+            there = served.served(
+                python, temporary, ids, dtype, weights=expected, artifact=expected, most=most, adapter=beside,
+                code=with_code,
+            )  # fmt: skip
         commands = _finish(source, temporary, path, with_code, adapters_beside)
         before, after = weight_bytes(source.folder), weight_bytes(temporary)
     seconds = time.monotonic() - start
-    return Exported(path, architecture, before, after, of_zeros, moved, loaded, notes, commands, seconds)
+    return Exported(path, architecture, before, after, of_zeros, moved, loaded, there, notes, commands, seconds)
 
 
 def _check(source, path: Path, calibration, padded: bool, with_code: bool, adapters_beside: bool) -> None:
@@ -264,15 +280,13 @@ def _with_code(source: Source, folder: Path, on_progress: OnProgress) -> tuple:
     """The files of the artifact, the code, and what it has to be told in config.json."""
     narrowed, graph = shell(source.folder, source.config)
     original = build_skeleton(source.original)
+    dense = Dense(source)
     told = {"narrowed": narrowed_of(original, narrowed), "embeddings": embeddings_of(narrowed, graph)}
     shutil.copytree(source.folder, folder, dirs_exist_ok=True)
-    content = json.loads((folder / "config.json").read_text())
-    content |= told | {"auto_map": standalone.AUTO_MAP}
-    (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    for file in standalone.FILES:
-        shutil.copyfile(file, folder / file.name)
+    told |= {"shapes": shapes_of(original, dense.model), "coded": any(s.bits < 16 for s in dense.specs.values())}
+    standalone.put_beside(folder, told)
     on_progress("comparing", 0, 1)
-    ids, _ = sample(source, Dense(source))
+    ids, _ = sample(source, dense)
     ours = logits_of(open_stream(source), ids)
     on_progress("comparing", 1, 1)
     rounds = any(spec.activation_bits < 16 for spec in Plan.read(source.folder / PLAN).specs.values())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from qpruner.artifact import standalone
 from qpruner.artifact.compressed.encoding import (
     as_coded,
     encoded,
@@ -26,6 +27,7 @@ from qpruner.artifact.compressed.schemes import exact_scheme, nearest_scheme, qu
 from qpruner.artifact.config import MODEL_TYPE
 from qpruner.artifact.dense import Dense
 from qpruner.artifact.loader import ADAPTER, PLAN, WEIGHTS
+from qpruner.artifact.narrowed import narrowed_of, shapes_of
 from qpruner.artifact.save import TOKENIZER_FILES
 from qpruner.artifact.stock import stock_config
 from qpruner.errors import ModelError, listed
@@ -35,12 +37,12 @@ from qpruner.model.adapters import read_adapters
 from qpruner.model.checkpoint import INDEX_FILE
 from qpruner.model.cost import TORCH_NAMES, TensorSpec
 from qpruner.model.load import Source, stored_dtype
+from qpruner.model.skeleton import build_skeleton
 from qpruner.model.tensors import write_safetensors
 from qpruner.plan import DENSE, Plan
 from qpruner.vllm import Scheme
 
 SHARD_BYTES = 5 * 10**9
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM 0.33 accepts as --max-lora-rank
 Importance = Callable[[str], Tensor | None]  # by the path of a linear: of each of its inputs
 OnTensor = Callable[[int, int], None]  # tensors written, tensors in all
 
@@ -74,11 +76,6 @@ class Written:
     again: tuple[Again, ...]
     adapter_rank: int
     notes: tuple[str, ...]
-
-    @property
-    def lora_rank(self) -> int:
-        """The smallest of vLLM's maximal ranks that holds the adapters."""
-        return next(rank for rank in LORA_RANKS if rank >= self.adapter_rank)
 
     def to_json(self) -> dict:
         return asdict(self) | {"path": str(self.path)}
@@ -123,6 +120,9 @@ def write_folder(
         rank = max(read_adapters(folder / ADAPTER)[0].values())
     if not stock:
         (folder / PLAN).write_text(plan_of(source, chosen).to_json())
+        original = build_skeleton(source.original)
+        told = {"narrowed": narrowed_of(original, dense.model), "shapes": shapes_of(original, dense.model)}
+        standalone.put_beside(folder, told | {"coded": False})
     return Written(
         path=folder, size_bytes=sum(path.stat().st_size for path in folder.rglob("*.safetensors")), stock=stock,
         model_type=config["model_type"], dtype=str(dtype).removeprefix("torch."),

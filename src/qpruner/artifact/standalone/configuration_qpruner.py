@@ -4,14 +4,17 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 
 class QPrunerConfig(PreTrainedConfig):
-    """base_config: the original's. narrowed: module -> attributes that are not the original's. embeddings: of those in
-    codes, what rows are multiplied by, and the heads that multiply with the same codes."""
+    """base_config: the original's. narrowed: module -> attributes that are not the original's. shapes: of tensors that
+    are not as large as the original's. embeddings: of those in codes, what rows are multiplied by, and the heads that
+    multiply with the same codes. coded: whether anything lies in codes of qpruner's own, for those who read weights
+    themselves."""
 
     model_type = "qpruner"
 
-    def __init__(self, base_config=None, narrowed=None, embeddings=None, **kwargs):
+    def __init__(self, base_config=None, narrowed=None, shapes=None, embeddings=None, coded=True, **kwargs):
         self.base_config = base_config or {}
-        self.narrowed, self.embeddings = narrowed or {}, embeddings or {}
+        self.narrowed, self.shapes, self.embeddings = narrowed or {}, shapes or {}, embeddings or {}
+        self.coded = coded
         super().__init__(**kwargs)
 
     def original(self) -> PreTrainedConfig:

@@ -5,6 +5,8 @@
 config.json has the original's configuration and what modules count since units went (`narrowed`); how wide they are
 is seen from the stored tensors; plan.json says how each is stored. What lies in codes stays in codes: a few million
 weights at a time are decoded where they are multiplied. This file needs torch, transformers and safetensors.
+
+vLLM's transformers backend asks for the decoder without weights and reads them itself (--trust-remote-code).
 """
 
 import json
@@ -14,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
@@ -56,7 +58,7 @@ class QPrunerForCausalLM(PreTrainedModel):
             plan = json.load(file)
         with parameters_on_meta():
             model = AutoModelForCausalLM.from_config(config.original())
-        fill_(model, config, plan, load_file(cached_file(name, "model.safetensors", **hub)), dtype)
+        fill_(model, config, plan, tensors_of(name, hub), dtype)
         if plan["adapter_ranks"] and plan["adapters"] == "beside":
             place = dict(subfolder="adapter", **hub)
             with open(cached_file(name, "adapter_config.json", **place)) as file:
@@ -68,6 +70,41 @@ class QPrunerForCausalLM(PreTrainedModel):
             model.set_attn_implementation(implementation)
         model.name_or_path = str(name)
         return model.requires_grad_(False).eval().to(device_of(device_map))
+
+
+class QPrunerModel(PreTrainedModel):
+    """What vLLM asks for: the decoder with its widths, without head and weights; there are no instances of it."""
+
+    config_class = QPrunerConfig
+    _supports_attention_backend = True
+
+    def __init__(self, *args, **kwargs):
+        raise TypeError("a compressed model comes from AutoModelForCausalLM.from_pretrained, with its weights")
+
+    @classmethod
+    def _from_config(cls, config, dtype=None, **kwargs):
+        if config.embeddings:
+            raise ValueError("embeddings in codes come with their weights, by AutoModelForCausalLM.from_pretrained")
+        original = config.original()
+        original._attn_implementation = config._attn_implementation
+        model = AutoModel.from_config(original, dtype=dtype, **kwargs)
+        inside = f"{model.base_model_prefix}."
+        narrow_(model, {path.removeprefix(inside): values for path, values in config.narrowed.items()})
+        state = dict(model.named_parameters()) | dict(model.named_buffers())
+        for name, shape in config.shapes.items():
+            if (name := name.removeprefix(inside)) in state:  # not of the head
+                put_(model, name, torch.empty(shape, dtype=state[name].dtype, device=state[name].device))
+        return model
+
+
+def tensors_of(name: str, hub: dict) -> dict[str, Tensor]:
+    """All stored tensors, of one file or of those that an index lists."""
+    index = cached_file(name, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **hub)
+    if index is None:
+        return load_file(cached_file(name, "model.safetensors", **hub))
+    with open(index) as file:
+        files = sorted(set(json.load(file)["weight_map"].values()))
+    return {key: tensor for part in files for key, tensor in load_file(cached_file(name, part, **hub)).items()}
 
 
 @contextmanager
@@ -95,18 +132,17 @@ def device_of(device_map) -> torch.device:
 
 def fill_(model, config, plan: dict, tensors: dict[str, Tensor], dtype) -> None:
     """The modules that are narrower or packed, and all stored tensors, into a model on the meta device."""
-    for path, values in config.narrowed.items():
-        module = model.get_submodule(path)
-        if counts := values.get("config"):
-            module.config = LayerConfig(module.config, counts)
-        vars(module).update({name: value for name, value in values.items() if name != "config"})
+    narrow_(model, config.narrowed)
     coded = {name: spec for name, spec in (plan["specs"] | plan["embeddings"]).items() if spec["bits"] < 16}
     for path, spec in coded.items():
         old = model.get_submodule(path)
         inside = [name for name in tensors if name.startswith(f"{path}.") and name != f"{path}.bias"]
         parts = {name.removeprefix(f"{path}."): tensors.pop(name) for name in inside}
         if path not in config.embeddings:
-            matrix = Matrix(parts, spec, vars(old).get("in_features") or old.nx)
+            width = vars(old).get("in_features") or old.nx
+            if "weight_packed" in parts:
+                width, parts = int(parts["weight_shape"][1]), of_compressed_tensors(parts, spec)
+            matrix = Matrix(parts, spec, width)
             model.set_submodule(path, PackedLinear(matrix, getattr(old, "bias", None)))
             continue
         found = config.embeddings[path]
@@ -115,19 +151,31 @@ def fill_(model, config, plan: dict, tensors: dict[str, Tensor], dtype) -> None:
         for head in found["heads"]:
             model.set_submodule(head, PackedLinear(matrix, getattr(model.get_submodule(head), "bias", None)))
     for name, tensor in tensors.items():
-        path, _, attribute = name.rpartition(".")
-        module = model.get_submodule(path)
-        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        setattr(module, attribute, tensor if attribute in module._buffers else nn.Parameter(tensor))
-        if isinstance(module, Conv1D):
-            module.nx, module.nf = module.weight.shape
-        elif isinstance(module, nn.Linear) and not isinstance(module, PackedLinear):
-            module.out_features, module.in_features = module.weight.shape
+        put_(model, name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
     if not config.embeddings:
         model.tie_weights()  # a head in the codes of an embedding shares them already
     absent = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if absent:
         raise ValueError(f"the weights do not fit config.json and plan.json: {absent[:3]} are missing")
+
+
+def narrow_(model, narrowed: dict[str, dict]) -> None:
+    """What modules count, since units went."""
+    for path, values in narrowed.items():
+        module = model.get_submodule(path)
+        if counts := values.get("config"):
+            module.config = LayerConfig(module.config, counts)
+        vars(module).update({name: value for name, value in values.items() if name != "config"})
+
+
+def put_(model, name: str, tensor: Tensor) -> None:
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    setattr(module, attribute, tensor if attribute in module._buffers else nn.Parameter(tensor))
+    if isinstance(module, Conv1D):
+        module.nx, module.nf = module.weight.shape
+    elif isinstance(module, nn.Linear) and not isinstance(module, PackedLinear):
+        module.out_features, module.in_features = module.weight.shape
 
 
 class LayerConfig:
@@ -189,7 +237,8 @@ class Matrix(nn.Module):
             W = codes.float() - (0 if codes.dtype == torch.int8 else lowest)
         spread = lambda part: part.repeat_interleave(spec["group_size"] or self.width, 1)[:, : self.width]
         if self.zeros is not None:
-            W = W - spread(unpacked(self.zeros[rows], spec["bits"], n_groups))
+            zeros = self.zeros[rows]
+            W = W - spread(zeros if zeros.dtype == torch.int16 else unpacked(zeros, spec["bits"], n_groups))
         if self.steps is None:
             return W * spread(self.scales[rows].view(torch.float16).float())
         counts = unpacked(self.scales[rows], spec["scale_bits"], n_groups)
@@ -220,6 +269,15 @@ def unpacked(packed: Tensor, bits: int | float, n: int) -> Tensor:
     pairs = pad(packed, (0, 1)).int()
     word = pairs[:, first // 8] | pairs[:, first // 8 + 1] << 8
     return word >> first % 8 & 2**bits - 1
+
+
+def of_compressed_tensors(parts: dict[str, Tensor], spec: dict) -> dict[str, Tensor]:
+    """The same codes, where words of 32 bits hold them: of each row, and of each column of zero points."""
+    found = {"codes": parts["weight_packed"].view(torch.uint8), "scales": parts["weight_scale"].half()}
+    if (zeros := parts.get("weight_zero_point")) is not None:
+        words = zeros.T.contiguous().view(torch.uint8)
+        found["zeros"] = unpacked(words, spec["bits"], len(parts["weight_packed"])).T.contiguous().to(torch.int16)
+    return found
 
 
 class PackedLinear(nn.Linear):

@@ -1,0 +1,177 @@
+"""vLLM, asked in a process of its own what it computes from an exported folder."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qpruner.errors import ModelError, OutputError
+from qpruner.exporting import vllm_program
+from qpruner.exporting.comparing import Off, off
+from qpruner.model.adapters import read_adapters
+
+SECONDS = 1800
+# Of logits in float32 on the same weights: only the order of sums differs.
+MOST_OFF = 1e-3
+NO_KERNEL = "Failed to find a kernel"
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM accepts as --max-lora-rank
+
+
+@dataclass(frozen=True)
+class Answer:
+    """model_class: that vLLM made of the folder. logits: (tokens, vocabulary), float32. kernels: that multiplied codes;
+    none for plain weights."""
+
+    model_class: str
+    logits: np.ndarray
+    kernels: tuple[str, ...]
+    version: str
+
+
+@dataclass(frozen=True)
+class Served:
+    """What vLLM made of a folder.
+
+    exact: its logits in float32, with products of codes written out, against those of the same weights here.
+    as_served: in the folder's dtype with its own kernels, against the model that was exported; None where it has none
+    for these codes on this machine.
+    """
+
+    version: str
+    model_class: str
+    exact: Off
+    as_served: Off | None
+    kernels: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        said = [f"vLLM {self.version}, as {self.model_class}, against torch on the weights of the folder: {self.exact}"]
+        if self.as_served is None:
+            return [*said, "vLLM has no kernel for these codes on this machine: their products were written out"]
+        by = f" ({', '.join(self.kernels)})" if self.kernels else ""
+        return [*said, f"as vLLM serves it{by}, against the artifact: {self.as_served}"]
+
+
+class Refused(Exception):
+    """vLLM does not take the folder; the message is what it said."""
+
+
+def interpreter(named: str | Path | None) -> Path | None:
+    """The Python that has vLLM: the one that is named, or this one; None where this one has none.
+
+    Raises:
+        OutputError: the one that is named has none.
+    """
+    if named is None:
+        return Path(sys.executable) if importlib.util.find_spec("vllm") else None
+    ask = "import importlib.util, sys; sys.exit(not importlib.util.find_spec('vllm'))"
+    try:
+        found = subprocess.run([named, "-c", ask], capture_output=True, check=False).returncode == 0
+    except OSError as error:
+        raise OutputError(f"{named} does not run ({error}). Name the Python of an environment that has vLLM.") from None
+    if not found:
+        raise OutputError(f"{named} has no vLLM. Name the Python of an environment that has it.")
+    return Path(named)
+
+
+def served(
+    python: Path,
+    folder: Path,
+    ids: Tensor,
+    dtype: str,
+    *,
+    weights: Tensor,
+    artifact: Tensor,
+    most: float = MOST_OFF,
+    adapter: Path | None = None,
+    code: bool = False,
+) -> Served:
+    """Open a folder in vLLM, twice, and compare.
+
+    Args:
+        ids: (1, tokens). dtype: that it is served in. weights, artifact: logits to compare with, (tokens, vocabulary).
+        most: relative difference in float32 that is allowed. adapter: a PEFT folder to put on it.
+        code: Python files in the folder may run; they are ours.
+    Raises:
+        ModelError: it does not load there, or computes something else.
+    """
+    rank = max(read_adapters(adapter)[0].values()) if adapter else 0
+    how = dict(adapter=adapter, rank=lora_rank(rank), code=code)
+    try:
+        plain = ask(python, folder, ids[0].tolist(), "float32", written_out=True, **how)
+        exact = off(torch.from_numpy(plain.logits), weights)
+        if not exact.relative < most:
+            raise ModelError(f"vLLM computes something else from the exported folder ({exact}). Nothing was written.")
+        try:
+            own = ask(python, folder, ids[0].tolist(), dtype, written_out=False, **how)
+        except Refused as error:
+            if NO_KERNEL not in str(error):
+                raise
+            return Served(plain.version, plain.model_class, exact, None, ())
+    except Refused as error:
+        raise ModelError(f"vLLM does not take the exported folder: {error}. Nothing was written.") from None
+    as_served = off(torch.from_numpy(own.logits), artifact)
+    return Served(plain.version, plain.model_class, exact, as_served, own.kernels)
+
+
+def lora_rank(rank: int) -> int:
+    """The smallest of vLLM's maximal ranks that holds adapters of this one."""
+    return next(most for most in LORA_RANKS if most >= rank)
+
+
+def ask(
+    python: Path,
+    folder: Path,
+    tokens: Sequence[int],
+    dtype: str,
+    *,
+    written_out: bool = False,
+    adapter: Path | None = None,
+    rank: int = 0,
+    code: bool = False,
+) -> Answer:
+    """Logits after each token.
+
+    Args:
+        written_out: products of codes in plain torch, in place of vLLM's kernels.
+        adapter, rank: a PEFT folder to put on it, and the largest rank to make room for.
+        code: Python files in the folder may run; they are ours.
+    Raises:
+        Refused: the folder does not load, or does not run.
+    """
+    request = dict(
+        folder=str(folder.absolute()), tokens=list(tokens), dtype=dtype, written_out=written_out, code=code, rank=rank,
+        adapter=adapter and str(adapter.absolute()), threads=torch.get_num_threads(),
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as place:
+        asked, answer = Path(place) / "request.json", Path(place) / "answer"
+        asked.write_text(json.dumps(request))
+        # Not isolated from the environment: vLLM is told where its libraries are through it.
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        environment["HF_MODULES_CACHE"] = f"{place}/modules"
+        done = subprocess.run(
+            [python, "-P", vllm_program.__file__, asked, answer], capture_output=True, timeout=SECONDS, check=False,
+            env=environment, cwd=place,
+        )  # fmt: skip
+        if done.returncode or not answer.is_file():
+            raise Refused(_reason(done.stderr.decode(errors="replace")) or f"it ended with status {done.returncode}")
+        head, _, data = answer.read_bytes().partition(b"\n")
+    found = json.loads(head)
+    logits = np.frombuffer(data, np.float32).reshape(found["shape"]).copy()
+    return Answer(found["class"], logits, tuple(found["kernels"]), found["version"])
+
+
+def _reason(said: str) -> str:
+    """The last error of a traceback, with the lines that belong to it."""
+    lines = [re.sub(r"^\[rank\d+\]:\s?", "", line) for line in said.splitlines() if line.strip()]
+    last = next((i for i in reversed(range(len(lines))) if re.match(r"[\w.]*(Error|Exception)\b", lines[i])), None)
+    return "" if last is None else " ".join(line.strip() for line in lines[last:])[:600]
