@@ -19,6 +19,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--run-large", action="store_true", help="also tests of full-size models: many minutes, 30 GB of disk"
     )
+    parser.addoption("--run-targets", action="store_true", help="also all cells of the target table: minutes")
+    parser.addoption("--write-targets", metavar="PATH", help="with --run-targets: write the table as a page")
 
 
 def pytest_collection_modifyitems(config, items):

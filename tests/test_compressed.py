@@ -7,7 +7,10 @@ import pytest
 import torch
 from by_code import opened
 from specs import BINARY, INTEGERS, TERNARY, of_groups
+from tiny_folder import save
 from tiny_gguf import artifact_of, folder_of
+from tiny_remote import remote_model
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from qpruner import exporting
@@ -187,6 +190,18 @@ def test_layers_of_their_own_widths_load_with_our_loader(tmp_path, in_process):
     assert type(again.model.layers[1].mlp.down_proj.get_base_layer()).__name__ == "PackedLinear"  # and not decoded
 
 
+def test_a_class_whose_linears_multiply_in_their_own_way_keeps_our_type(tmp_path, in_process):
+    """Falcon's do; compressed-tensors takes the weight from where they look for it."""
+    over = dict(vocab_size=259, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("falcon", **over)).to(torch.bfloat16)
+    artifact = artifact_of(
+        save(model, tmp_path / "m"), tmp_path / "a", specs=(integer(4, 32),), kv_groups=(1, 1), channels=(256, 256)
+    )
+    assert not export(artifact, tmp_path / "o").written.stock
+
+
 def test_ternary_and_binary_codes_are_integers_of_two_bits(tmp_path, in_process):
     specs = (QuantSpec(bits=2, grid="ternary", group_size=64), QuantSpec(bits=1, grid="binary", group_size=64))
     artifact = artifact_of(folder_of("llama", tmp_path / "m"), tmp_path / "a", specs=specs)
@@ -236,12 +251,19 @@ def test_the_same_bytes_every_time(tmp_path, in_process):
 @pytest.mark.parametrize("spec", [NF4, integer(3, 64, salient=8)], ids=str)
 def test_codes_that_it_does_not_hold_are_rounded_again_only_if_asked(spec, tmp_path, in_process):
     artifact = artifact_of(folder_of("llama", tmp_path / "m"), tmp_path / "a", specs=(spec, INT8))
-    with pytest.raises(ModelError, match="does not hold the codes of .* linears as they are.*--round-again"):
+    with pytest.raises(ModelError, match="does not hold all codes as they are.*--round-again"):
         export(artifact, tmp_path / "o")
     assert not list(tmp_path.glob("*o")) and not list(tmp_path.glob(".o*"))
     result = export(artifact, tmp_path / "o", round_again=True)
     assert {one.scheme for one in result.written.again} == {f"int{spec.bits} g64"}
     assert 0 < result.moved.relative < 1 and "rounded once more" in "\n".join(result.lines())
+
+
+def test_a_model_with_code_of_its_own_is_refused_before_anything_is_written(tmp_path):
+    model = remote_model(tmp_path / "m", "rotary")
+    with pytest.raises(ModelError, match="comes with Python code of its own"):
+        export(model, tmp_path / "o", trust_remote_code=True)
+    assert not list(tmp_path.glob("*o")) and not list(tmp_path.glob(".o*"))
 
 
 def test_text_tells_which_columns_count_when_weights_are_rounded_again(tmp_path, in_process, short_text):

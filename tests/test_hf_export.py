@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 
 from qpruner import exporting
 from qpruner.artifact.save import weight_bytes
+from qpruner.artifact.widths import widest
 from qpruner.cli import app
 from qpruner.errors import ModelError, OutputError
 from qpruner.exporting import fresh
-from qpruner.exporting.padding import padded, widest
+from qpruner.exporting.padding import padded
 from qpruner.model import load
 from qpruner.model.surgery import cut_tensor, cuts_of
 from qpruner.plan import INT8, NF4, QuantSpec
@@ -145,6 +146,13 @@ def test_zeros_make_layers_equally_wide_and_change_nothing(family, tmp_path, her
     assert made.loaded.relative < 1e-5 and made.moved.relative == 0
     assert 0 < made.bytes_of_zeros <= made.bytes_after - made.bytes_before + 4096
     assert AutoConfig.from_pretrained(tmp_path / "filled").intermediate_size == 30  # of 40; the widest layer
+
+
+def test_transposed_linears_are_written_as_their_class_has_them(tmp_path, here):
+    """In codes and not, with adapters beside both."""
+    folder, *_ = compressed("gpt2", tmp_path, bits=(4, 16), rank=2)
+    made = exporting.export(folder, "hf", tmp_path / "filled", padded=True)
+    assert made.loaded.relative < 1e-4 and made.moved.relative < 0.03
 
 
 def test_where_the_class_does_not_take_the_widest_all_heads_come_back(llama, tmp_path, here):

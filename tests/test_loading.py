@@ -4,13 +4,16 @@ import json
 
 import pytest
 import torch
+from test_artifact import compressed
+from tiny import tiny
 from tiny_folder import byte_tokenizer, save, tiny_model
 from tiny_gguf import artifact_of, folder_of
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from qpruner import api
-from qpruner.body import body_of
+from qpruner import api, recipe
+from qpruner import shape as shaping
+from qpruner.body import body_of, body_of_plan
 from qpruner.chat import Speaker
 from qpruner.cli import app
 from qpruner.errors import CorpusError
@@ -20,6 +23,7 @@ from qpruner.plan import INT8, NF4, QuantSpec
 from qpruner.serving import serve_check
 
 INT4 = QuantSpec(bits=4, grid="integer", group_size=64)
+EVERYWHERE = [True, True, True, True, False, True]  # of `TARGETS`, where a stock model loads as it is
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +41,7 @@ def rows(source) -> dict:
 
 def test_one_width_at_16_bits_is_a_stock_model_everywhere(llama, tmp_path):
     found = rows(made(llama, tmp_path / "a", kv_groups=(2, 2, 2), channels=(256,) * 3))
-    assert [found[t].loads for t in TARGETS] == [True, True, True, True, False]
+    assert [found[t].loads for t in TARGETS] == EVERYWHERE
     assert "import qpruner" not in found[TARGETS[0]].command
     assert "'llama'" in found[TARGETS[4]].sentence
 
@@ -51,6 +55,29 @@ def test_codes_and_widths_of_each_layer_say_which_export_helps(llama, tmp_path):
     assert uneven[TARGETS[1]].command.endswith("--padded") and uneven[TARGETS[2]].command.endswith("--with-code")
     assert "normal-float" in uneven[TARGETS[3]].sentence and not uneven[TARGETS[3]].command
     assert "'deci'" in uneven[TARGETS[4]].sentence
+    assert found[TARGETS[5]].command == "qpruner export OUT --to compressed-tensors"
+    assert "values of nf4 are none" in uneven[TARGETS[5]].sentence
+    assert uneven[TARGETS[5]].command.endswith("--round-again")
+
+
+def test_no_export_is_named_that_would_be_refused(tmp_path):
+    """Slopes of the heads that stayed are in no code; zeros do not stand for experts that went."""
+    bloom, *_ = compressed("bloom", tmp_path / "bloom", bits=(4,), rank=0)
+    row = rows(inspect_source(bloom))[TARGETS[2]]
+    assert "(alibi)" in row.sentence and not row.command
+    mixtral, *_ = compressed("mixtral", tmp_path / "mixtral", bits=(16,), rank=0)
+    row = rows(inspect_source(mixtral))[TARGETS[1]]
+    assert "one of zeros would still be sent tokens" in row.sentence and not row.command
+
+
+def test_linears_that_multiply_in_their_own_way_ask_for_us_in_compressed_tensors(tmp_path):
+    for family, ours in (("gpt2", True), ("gpt_neox", False)):
+        model = save(tiny(family, dtype=torch.float32).to(torch.bfloat16), tmp_path / family)
+        shape = shaping.shape_of(inspect_source(model))
+        kept = {name: list(range(group.n_units)) for name, group in shape.graph.groups.items()}
+        plan = shape.plan(recipe.load("qpruner[adapter_rank=0,grid=integer]"), kept, 4)
+        row = loading(body_of_plan(shape.source, shape.source.config, shape.graph, plan), "OUT")[5]
+        assert row.command and ("qpruner imported" in row.sentence) is ours
 
 
 def test_what_is_predicted_is_what_the_artifact_then_says(small_llama, short_text, tmp_path):
@@ -61,7 +88,7 @@ def test_what_is_predicted_is_what_the_artifact_then_says(small_llama, short_tex
         str(small_llama), "90%", tmp_path / "OUT", recipe=quick, calibration=short_text, measure_speed=False
     )
     found = api.inspect(str(result.artifact))["loads_in"]
-    assert [row["loads"] for row in predicted] == [row["loads"] for row in found] == [True, True, True, True, False]
+    assert [row["loads"] for row in predicted] == [row["loads"] for row in found] == EVERYWHERE
     assert [place.loads for place in result.facts.places] == [row["loads"] for row in found]
 
 

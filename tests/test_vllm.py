@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from qpruner.vllm import Scheme, matches, tensor_parallel, vllm_verdict
+from qpruner.targets import LayerWidths
+from qpruner.vllm import Scheme, head_dim_of, layers_of, matches, tensor_parallel, vllm_verdict
 
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 512, "num_hidden_layers": 3,
@@ -101,3 +102,11 @@ def test_another_quantizer_is_not_judged():
 def test_a_target_is_a_name_or_an_expression_from_the_start():
     assert matches("lm_head", "lm_head") and not matches("lm_head_too", "lm_head")
     assert matches("a.b", r"re:a\.") and not matches("x.a.b", r"re:a\.")
+
+
+def test_sizes_are_found_in_the_words_of_every_family():
+    gpt2 = {"model_type": "gpt2", "n_layer": 2, "n_head": 8, "n_embd": 64, "n_inner": 128}
+    falcon = {"model_type": "falcon", "num_hidden_layers": 2, "num_attention_heads": 8, "num_kv_heads": 2}
+    assert layers_of(gpt2) == [LayerWidths(8, 8, 128)] * 2 and head_dim_of(gpt2) == 8
+    assert layers_of(falcon | {"ffn_hidden_size": 256}) == [LayerWidths(8, 2, 256)] * 2
+    assert not tensor_parallel(gpt2)[8] and tensor_parallel(gpt2 | {"n_head": 6})[4][0] == "layer 0 has 6 heads"

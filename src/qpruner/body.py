@@ -13,9 +13,10 @@ from transformers import PreTrainedConfig
 from qpruner.artifact.config import MODEL_TYPE
 from qpruner.artifact.dense import Dense
 from qpruner.artifact.loader import PLAN
+from qpruner.artifact.narrowed import narrowed_of
 from qpruner.artifact.stock import stock_config
-from qpruner.artifact.widths import HEADS, field_of
-from qpruner.errors import listed
+from qpruner.artifact.widths import HEADS, field_of, widest
+from qpruner.errors import ModelError, listed
 from qpruner.model import cost
 from qpruner.model.discover import discover
 from qpruner.model.graph import Graph
@@ -51,6 +52,11 @@ class Body:
         return self.config.get_text_config(decoder=True)
 
     @cached_property
+    def original(self) -> nn.Module:
+        """Of the original class, before units went; on the meta device."""
+        return build_skeleton(self.config, trust_remote_code=self.code == "its own")
+
+    @cached_property
     def widths(self) -> tuple[LayerWidths, ...]:
         return layer_widths(self.text, self.graph, self.kept)
 
@@ -59,7 +65,7 @@ class Body:
         """Linear -> how it is stored, and its inputs that stay."""
         shapes = cost.kept_shapes(self.graph, self.kept)
         found = self.plan.specs if self.plan else dict.fromkeys(self.graph.linears, DENSE)
-        return {name: (spec, shapes[name][1]) for name, spec in found.items()}
+        return {name: (found[name], shapes[name][1]) for name in self.graph.linears if name in found}
 
     @property
     def embeddings(self) -> dict[str, QuantSpec]:
@@ -95,6 +101,23 @@ class Body:
             f"the class of {self.config.model_type!r} does not take {self.widths[0]}, or computes something else then"
         )
 
+    @cached_property
+    def why_not_filled(self) -> str:
+        """A clause; "" where the class holds it once layers are filled up with zeros."""
+        try:
+            found = filled_form(self.config, self.graph, self.plan)
+        except ModelError as error:
+            return str(error).rstrip(".")
+        return "" if found else "filled up with zeros it does not either"
+
+    def why_no_code(self) -> str:
+        """A sentence; "" where Python files beside the weights build it."""
+        try:
+            narrowed_of(self.original, self.model)
+        except ModelError as error:
+            return str(error)
+        return ""
+
 
 def plain_plan(plan: Plan, kept: Mapping[str, Sequence[int]] | None = None) -> Plan:
     """Of the same widths, or of these, all at 16 bits with adapters merged."""
@@ -122,6 +145,25 @@ def stock_form(
         content = {k: v for k, v in content.items() if k not in unused}
         config = stock_config(original, content, graph, plain, stored, trust_remote_code=code)
     return config and (config, stored)
+
+
+def filled_form(
+    original: PreTrainedConfig, graph: Graph, plan: Plan, *, dtype: str = "BF16"
+) -> tuple[PreTrainedConfig, dict[str, cost.TensorSpec], dict] | None:
+    """`stock_form` of the plan with removed units that come back as zeros, as few as the class takes, and the units
+    that every group then has.
+
+    Raises:
+        ModelError: experts went; there is no padding for them.
+    """
+    everything = {
+        name: plan.kept[name] if group.kind in ("residual", "expert") else tuple(range(group.n_units))
+        for name, group in graph.groups.items()
+    }
+    for kept in (widest(graph, plan.kept), everything):
+        if found := stock_form(original, graph, plan.model_copy(update={"kept": kept}), dtype=dtype):
+            return *found, kept
+    return None
 
 
 def layer_widths(text: PreTrainedConfig, graph: Graph, kept: Mapping[str, Sequence[int]]) -> tuple[LayerWidths, ...]:

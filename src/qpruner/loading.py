@@ -6,14 +6,20 @@ are those of `qpruner.targets`, of transformers' own classes and of llama.cpp's 
 
 from dataclasses import asdict, dataclass
 
+from qpruner.artifact.compressed.schemes import out_of_reach
+from qpruner.artifact.compressed.schemes import refused as refused_codes
 from qpruner.artifact.gguf.families import anatomy, choose
 from qpruner.body import Body
 from qpruner.errors import ModelError, listed
+from qpruner.plan import DENSE
 from qpruner.targets import refused, rules_of
 
 LOAD = "AutoModelForCausalLM.from_pretrained({name!r}{options})"
 PYTHON = 'python -c "{imports}from transformers import AutoModelForCausalLM; ' + LOAD + '"'
-TARGETS = ("transformers with qpruner", "transformers alone", "transformers with remote code", "vLLM", "llama.cpp")
+TARGETS = (
+    "transformers with qpruner", "transformers alone", "transformers with remote code", "vLLM", "llama.cpp",
+    "transformers with compressed-tensors",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,13 @@ def loading(body: Body, name: str) -> tuple[Loads, ...]:
     Args:
         name: of the folder, for commands.
     """
-    return (_with_us(body, name), _alone(body, name), _remote(body, name), _vllm(body, name), _llama_cpp(body, name))
+    return tuple(loads_in(target, body, name) for target in TARGETS)
+
+
+def loads_in(target: str, body: Body, name: str) -> Loads:
+    """Whether a folder of this name would load in one of `TARGETS`."""
+    places = (_with_us, _alone, _remote, _vllm, _llama_cpp, _compressed_tensors)
+    return dict(zip(TARGETS, places, strict=True))[target](body, name)
 
 
 def _options(body: Body) -> str:
@@ -61,6 +73,8 @@ def _alone(body: Body, name: str) -> Loads:
         return Loads(target, False, "the original brought code of its own.")
     export = f"qpruner export {name} --to hf"
     if not body.holds_as_stock:
+        if reason := body.why_not_filled:
+            return Loads(target, False, f"{body.why_not_stock()}; {reason}.")
         return Loads(target, False, f"{body.why_not_stock()}; zeros can fill it up.", f"{export} --padded")
     parts = [
         "weights lie in codes" if body.coded else "",
@@ -81,6 +95,8 @@ def _remote(body: Body, name: str) -> Loads:
         return Loads(target, False, "the original brought code of its own, which does not know what was done to it.")
     if body.stock:
         return Loads(target, True, "no code is needed.", PYTHON.format(imports="", name=name, options=""))
+    if reason := body.why_no_code():
+        return Loads(target, False, reason)
     said = "the folder holds no code yet; an export puts it beside the weights, which stay in codes."
     return Loads(target, False, said, f"qpruner export {name} --to hf --with-code")
 
@@ -107,3 +123,18 @@ def _llama_cpp(body: Body, name: str) -> Loads:
         return Loads(target, False, str(error))
     command = f"qpruner export {name} --to gguf -o {name}.gguf && llama-cli -m {name}.gguf"
     return Loads(target, False, f"exported as GGUF, architecture {architecture!r}.", command)
+
+
+def _compressed_tensors(body: Body, name: str) -> Loads:
+    target = TARGETS[5]
+    if body.code == "its own":
+        return Loads(target, False, "the original brought code of its own.")
+    if body.stock:
+        command = PYTHON.format(imports="", name=name, options="")
+        return Loads(target, True, "nothing lies in codes: it is a stock model.", command)
+    export = f"qpruner export {name} --to compressed-tensors"
+    if said := refused_codes(body.specs):
+        return Loads(target, False, f"{said}; they can be rounded once more.", f"{export} --round-again")
+    strange = out_of_reach(body.original, (linear for linear, (spec, _) in body.specs.items() if spec != DENSE))
+    where = "" if body.holds_as_stock and not strange else ", and qpruner imported"
+    return Loads(target, False, f"exported in its format, with compressed-tensors installed{where}.", export)

@@ -31,6 +31,14 @@ WIDTHS = range(2, 9)
 SMALLEST_GROUP = 16
 FUSED = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
 SPLIT_INPUTS = {"self_attn.o_proj": "heads", "mlp.down_proj": "channels"}  # linears whose inputs are shared out
+# What configurations call their sizes: most, then GPT-2's and BLOOM's, then others' words.
+WORDS = {
+    "layers": ("num_hidden_layers", "n_layer"),
+    "hidden": ("hidden_size", "n_embd"),
+    "heads": ("num_attention_heads", "n_head"),
+    "kv_heads": ("num_key_value_heads", "num_kv_heads"),
+    "channels": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
+}
 
 
 @dataclass(frozen=True)
@@ -209,17 +217,22 @@ def layers_of(config: Mapping[str, Any]) -> list[LayerWidths]:
     own = config.get("per_layer_config") or {}
     own = {int(layer): fields for layer, fields in own.items()}
     found = []
-    for i in range(config.get("num_hidden_layers") or 0):
+    for i in range(_stated(config, "layers")):
         fields = {**config, **own.get(i, {})}
         skipped = fields.get("skip") or ()
-        heads = 0 if "attention" in skipped else fields.get("num_attention_heads") or 0
-        kv_heads = min(heads, fields.get("num_key_value_heads") or heads)
-        found.append(LayerWidths(heads, kv_heads, 0 if "mlp" in skipped else fields.get("intermediate_size") or 0))
+        heads = 0 if "attention" in skipped else _stated(fields, "heads")
+        kv_heads = min(heads, _stated(fields, "kv_heads") or heads)
+        found.append(LayerWidths(heads, kv_heads, 0 if "mlp" in skipped else _stated(fields, "channels")))
     return found
 
 
 def head_dim_of(config: Mapping[str, Any]) -> int:
-    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return config.get("head_dim") or _stated(config, "hidden") // max(_stated(config, "heads"), 1)
+
+
+def _stated(config: Mapping[str, Any], what: str) -> int:
+    """A number in whichever word the configuration has for it; 0 where it leaves it to be derived."""
+    return next((config[word] for word in WORDS[what] if config.get(word)), 0)
 
 
 def schemes_of(quantization: Mapping) -> list[Scheme]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from qpruner.artifact.config import MODEL_TYPE
 from qpruner.artifact.loader import ADAPTER, WEIGHTS, shell
@@ -76,7 +77,16 @@ class Dense:
         if path not in self._corrections:
             return W
         A, B, scaling = self._corrections[path]
-        return (W.double() + scaling * (B.double() @ A.double())).float()
+        added = scaling * (B.double() @ A.double())
+        transposed = isinstance(self.model.get_submodule(path), Conv1D)
+        return (W.double() + (added.T if transposed else added)).float()
+
+    def as_original(self, name: str) -> Tensor:
+        """As the original's class holds it, which for some keeps the transpose; linears in codes are plain here."""
+        path, _, part = name.rpartition(".")
+        site = self.graph.linears.get(path)
+        transposed = part == "weight" and path in self._coded and site is not None and site.transposed
+        return self.read(name).T.contiguous() if transposed else self.read(name)
 
     def coded(self, path: str) -> nn.Module:
         """The packed module of this path, filled."""

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from transformers import PreTrainedConfig
 
+from qpruner.errors import ModelError
 from qpruner.model.graph import Graph, Group
 from qpruner.plan import Plan
 
@@ -95,3 +96,33 @@ def dimensions(text: PreTrainedConfig, graph: Graph, plan: Plan) -> dict:
         elif changed:
             layers[str(layer)] = changed
     return found | ({"per_layer_config": layers} if layers else {})
+
+
+def widest(graph: Graph, kept: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Units of every group, with removed ones where a group of the same kind in another layer keeps more.
+
+    Filled up with zeros, so that a class with one width for all layers holds them.
+
+    Raises:
+        ModelError: experts went; one of zeros would still be sent tokens.
+    """
+    if gone := [n for n, g in graph.groups.items() if g.kind == "expert" and len(kept[n]) < g.n_units]:
+        raise ModelError(
+            f"{gone[0]!r} lost whole experts, and one of zeros would still be sent tokens: there is no padding for it."
+        )
+    most: dict[tuple, int] = defaultdict(int)
+    alike = lambda group: (group.kind, group.n_units // group.n_blocks)
+    for name, group in graph.groups.items():
+        most[alike(group)] = max(most[alike(group)], len(kept[name]) // group.n_blocks)
+    return {name: _filled(kept[name], group, most[alike(group)]) for name, group in graph.groups.items()}
+
+
+def _filled(units: Sequence[int], group, n: int) -> tuple[int, ...]:
+    size, stay = group.n_units // group.n_blocks, set(units)
+    found: list[int] = []
+    for block in range(group.n_blocks):
+        here = range(block * size, (block + 1) * size)
+        inside = [u for u in here if u in stay]
+        others = [u for u in here if u not in stay]
+        found += sorted(inside + others[: n - len(inside)])
+    return tuple(found)

@@ -114,6 +114,11 @@ def to_compressed_tensors(
     python = served.interpreter(vllm)
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise OutputError(f"{path} is there already; name a folder that is not, or is empty.")
+    if source.code:
+        raise ModelError(
+            f"{source.name!r} comes with Python code of its own, and transformers is asked here without it. Load it "
+            "with qpruner and trust_remote_code=True."
+        )
     dense = Dense(source)
     importance = importance_of(dense, source, calibration if round_again else None, on_progress)
     path.parent.mkdir(parents=True, exist_ok=True)

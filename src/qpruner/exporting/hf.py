@@ -29,9 +29,8 @@ from qpruner.errors import ModelError, OutputError
 from qpruner.exporting import fresh, served
 from qpruner.exporting.comparing import Off, logits_of, off, sample
 from qpruner.exporting.padding import padded as with_zeros
-from qpruner.exporting.padding import widest
 from qpruner.files import replacing
-from qpruner.loading import loading
+from qpruner.loading import TARGETS, loading, loads_in
 from qpruner.model import cost, memory
 from qpruner.model.checkpoint import TORCH_DTYPES, read_headers
 from qpruner.model.load import Source, inspect_source, stored_dtype
@@ -199,7 +198,7 @@ def _stock(source: Source, folder: Path, padded: bool, adapters_beside: bool, on
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for done, (name, (kind, shape)) in enumerate(expected.items()):
             on_progress("writing", done, len(expected))
-            tensor = dense.read(name).to(TORCH_DTYPES[kind])
+            tensor = dense.as_original(name).to(TORCH_DTYPES[kind])
             yield name, with_zeros(tensor, cuts[name], wider.get(name, ()), shape) if name in cuts else tensor
 
     write_safetensors(folder / WEIGHTS, expected, tensors())
@@ -240,9 +239,7 @@ def _one_width(
     source: Source, dense: Dense, plan: Plan, padded: bool, dtype: str
 ) -> tuple[PreTrainedConfig, dict[str, cost.TensorSpec], dict]:
     """The stock configuration, its tensors, and the units that every group then has."""
-    of = lambda kept: plan.model_copy(update={"kept": kept})
-    form = lambda kept: body.stock_form(source.original, dense.graph, of(kept), dtype=dtype)
-    if found := form(plan.kept):
+    if found := body.stock_form(source.original, dense.graph, plan, dtype=dtype):
         return *found, plan.kept
     what = body.Body(source.name, source.original, dense.model, dense.graph, plan)
     if not padded:
@@ -250,13 +247,8 @@ def _one_width(
             f"no stock class holds {source.name!r}: {what.why_not_stock()}. Fill layers up with zeros (--padded), put "
             "code beside the weights (--with-code), or load it with qpruner imported as it is."
         )
-    everything = {
-        name: plan.kept[name] if g.kind in ("residual", "expert") else tuple(range(g.n_units))
-        for name, g in dense.graph.groups.items()
-    }
-    for kept in (widest(dense.graph, plan.kept), everything):
-        if found := form(kept):
-            return *found, kept
+    if found := body.filled_form(source.original, dense.graph, plan, dtype=dtype):
+        return found
     raise ModelError(
         f"no stock class holds {source.name!r}, filled up or not: {what.why_not_stock()}. Put code beside the weights "
         "(--with-code), or load it with qpruner imported as it is."
@@ -303,16 +295,13 @@ def _finish(source: Source, folder: Path, path: Path, with_code: bool, adapters_
         for file in (*TOKENIZER_FILES, *LICENSES):
             if (source.folder / file).is_file():
                 shutil.copyfile(source.folder / file, folder / file)
-    rows = loading(body.body_of(inspect_source(folder)), str(path))
+    made = body.body_of(inspect_source(folder))
     if (source.folder / MANIFEST).is_file():
         manifest = json.loads((source.folder / MANIFEST).read_text())
-        layers = body.body_of(source)
-        shown = loading(body.body_of(inspect_source(folder)), "OUT")
-        (folder / CARD).write_text(card_of(manifest, layers, shown, source.folder / CARD))
+        (folder / CARD).write_text(card_of(manifest, body.body_of(source), loading(made, "OUT"), source.folder / CARD))
     elif (source.folder / CARD).is_file():
         shutil.copyfile(source.folder / CARD, folder / CARD)
-    which = 2 if with_code else 1
     if adapters_beside:
         lines = "from peft import PeftModel; from transformers import AutoModelForCausalLM as A"
         return (f"python -c \"{lines}; PeftModel.from_pretrained(A.from_pretrained('{path}'), '{path}/{ADAPTER}')\"",)
-    return (rows[which].command,)
+    return (loads_in(TARGETS[2 if with_code else 1], made, str(path)).command,)

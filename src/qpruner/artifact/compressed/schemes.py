@@ -10,8 +10,10 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from qpruner.errors import ModelError
-from qpruner.plan import QuantSpec
+from torch import nn
+
+from qpruner.errors import ModelError, listed
+from qpruner.plan import DENSE, QuantSpec
 from qpruner.vllm import Scheme, scheme_of
 
 FORMAT = "pack-quantized"
@@ -40,6 +42,25 @@ def why_not(spec: QuantSpec, d_in: int) -> str:
     if spec.grid == "normal-float":
         return f"it has integers, and the values of nf{spec.bits} are none"
     return f"its groups divide the inputs, and {d_in} and groups of {spec.group_size} have no large common divisor"
+
+
+def refused(specs: Mapping[str, tuple[QuantSpec, int]]) -> str:
+    """Why codes of these linears are not taken as they are, in clauses; "" where all are.
+
+    Args:
+        specs: linear -> how it is stored, and its inputs.
+    """
+    found: dict[str, list[str]] = {}
+    for name, (spec, d_in) in specs.items():
+        if spec != DENSE and exact_scheme(spec, d_in) is None:
+            found.setdefault(why_not(spec, d_in), []).append(name)
+    return "; ".join(f"{listed(names)}: {reason}" for reason, names in found.items())
+
+
+def out_of_reach(model: nn.Module, linears: Iterable[str]) -> list[str]:
+    """Linears whose class multiplies by a way of its own, as GPT-2's and Falcon's do: compressed-tensors puts codes in
+    the place of nn.Linear's product alone."""
+    return [name for name in linears if type(model.get_submodule(name)).forward is not nn.Linear.forward]
 
 
 def nearest_scheme(spec: QuantSpec, d_in: int) -> Scheme:

@@ -7,7 +7,7 @@ Otherwise it keeps our own model type and its plan, which says the integers that
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,7 +23,14 @@ from qpruner.artifact.compressed.encoding import (
     require_compressed_tensors,
     tensor_specs,
 )
-from qpruner.artifact.compressed.schemes import exact_scheme, nearest_scheme, quantization_config, why_not
+from qpruner.artifact.compressed.schemes import (
+    exact_scheme,
+    nearest_scheme,
+    out_of_reach,
+    quantization_config,
+    refused,
+    why_not,
+)
 from qpruner.artifact.config import MODEL_TYPE
 from qpruner.artifact.dense import Dense
 from qpruner.artifact.loader import ADAPTER, PLAN, WEIGHTS
@@ -112,8 +119,6 @@ def write_folder(
     for name in TOKENIZER_FILES:
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)
-    for path in source.code:
-        shutil.copyfile(path, folder / path.name)
     rank = 0
     if source.config.model_type == MODEL_TYPE and (source.folder / ADAPTER).is_dir():
         shutil.copytree(source.folder / ADAPTER, folder / ADAPTER)
@@ -135,43 +140,43 @@ def write_folder(
 
 def schemes_of(dense: Dense, round_again: bool) -> dict[str, tuple[Scheme, Again | None]]:
     """How each linear of a decoder layer that lies in codes is stored. Embeddings and heads are decoded."""
-    found: dict[str, tuple[Scheme, Again | None]] = {}
-    refused: dict[str, list[str]] = {}
-    for name, spec in dense.specs.items():
-        if name not in dense.graph.linears:
-            continue
-        d_in = dense.model.get_submodule(name).in_features
-        scheme = exact_scheme(spec, d_in)
-        if scheme is None:
-            reason = why_not(spec, d_in)
-            refused.setdefault(reason, []).append(name)
-            scheme = nearest_scheme(spec, d_in)
-            found[name] = scheme, Again(name, str(spec), str(scheme.spec), reason)
-        else:
-            found[name] = scheme, None
-    if refused and not round_again:
-        said = "; ".join(f"{listed(names)}: {reason}" for reason, names in refused.items())
+    coded = {
+        name: (spec, dense.model.get_submodule(name).in_features)
+        for name, spec in dense.specs.items()
+        if name in dense.graph.linears
+    }
+    if not round_again and (said := refused(coded)):
         raise ModelError(
-            f"compressed-tensors does not hold the codes of {sum(map(len, refused.values()))} linears as they are. "
-            f"{said}. Compress with the integer grid for this target (recipe: grid=integer), or have them rounded once "
-            "more to integers of as many bits (--round-again); the export then says how far predictions move."
+            f"compressed-tensors does not hold all codes as they are. {said}. Compress with the integer grid for this "
+            "target (recipe: grid=integer), or have them rounded once more to integers of as many bits "
+            "(--round-again); the export then says how far predictions move."
         )
+    found: dict[str, tuple[Scheme, Again | None]] = {}
+    for name, (spec, d_in) in coded.items():
+        if scheme := exact_scheme(spec, d_in):
+            found[name] = scheme, None
+        else:
+            scheme = nearest_scheme(spec, d_in)
+            found[name] = scheme, Again(name, str(spec), str(scheme.spec), why_not(spec, d_in))
     return found
 
 
 def configuration(source: Source, dense: Dense, chosen: Mapping[str, tuple[Scheme, Again | None]]) -> tuple[dict, bool]:
     """The content of config.json, and whether it is that of a stock class."""
-    content, stock = plain_configuration(source, dense)
+    content, stock = plain_configuration(source, dense, chosen)
     if chosen:
         linears = [name for name, module in dense.model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
         content["quantization_config"] = quantization_config({n: scheme for n, (scheme, _) in chosen.items()}, linears)
     return content, stock
 
 
-def plain_configuration(source: Source, dense: Dense) -> tuple[dict, bool]:
-    """Of the same model with weights of 16 bits."""
+def plain_configuration(source: Source, dense: Dense, coded: Iterable[str]) -> tuple[dict, bool]:
+    """Of the same model with weights of 16 bits. coded: linears that a stock class would have to take codes for."""
+    as_it_is = json.loads((source.folder / "config.json").read_text())
     if source.config.model_type != MODEL_TYPE:
-        return json.loads((source.folder / "config.json").read_text()), True
+        return as_it_is, True
+    if out_of_reach(build_skeleton(source.original, trust_remote_code=source.trust_remote_code), coded):
+        return as_it_is, False
     plan = Plan.read(source.folder / PLAN)
     plain = plan.model_copy(
         update={"specs": dict.fromkeys(plan.specs, DENSE), "embeddings": {}, "adapter_ranks": {}, "layers": None}
@@ -182,7 +187,7 @@ def plain_configuration(source: Source, dense: Dense) -> tuple[dict, bool]:
         trust_remote_code=source.trust_remote_code,
     )  # fmt: skip
     if config is None:
-        return json.loads((source.folder / "config.json").read_text()), False
+        return as_it_is, False
     return json.loads(config.to_json_string()), True
 
 
