@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,52 @@ SIZES = dict(hidden_size=64, intermediate_size=128, num_attention_heads=8, num_k
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def qpruner(*words, cwd=None) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "qpruner.cli", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT, cwd=cwd)
+HERE = Path(__file__).parent
+
+
+@dataclass
+class Command:
+    """One that runs, or has run: its process, and files that it writes what it says to."""
+
+    server: "Server"
+    pid: int
+    out: Path
+    err: Path
+
+    def ended(self) -> subprocess.CompletedProcess:
+        status = int(self.server.process.stdout.readline())
+        return subprocess.CompletedProcess([], status, self.out.read_text(), self.err.read_text())
+
+
+class Server:
+    """Starts commands in processes of their own that begin with everything imported."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.n = folder, 0
+        command = [sys.executable, str(HERE / "forked_cli.py")]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=ENVIRONMENT
+        )
+
+    def start(self, *words, cwd=None) -> Command:
+        self.n += 1
+        out, err = self.folder / f"{self.n}.out", self.folder / f"{self.n}.err"
+        err.touch()
+        asked = [*map(str, words)], str(cwd or self.folder), str(out), str(err)
+        self.process.stdin.write(json.dumps(asked) + "\n")
+        return Command(self, int(self.process.stdout.readline()), out, err)
+
+    def __call__(self, *words, cwd=None) -> subprocess.CompletedProcess:
+        return self.start(*words, cwd=cwd).ended()
+
+
+@pytest.fixture(scope="module")
+def qpruner(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("said"))
+    yield server
+    server.process.stdin.close()
+    assert server.process.wait(60) == 0
+    server.process.stdout.close()
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +71,15 @@ def model(tmp_path_factory) -> Path:
     return save(tiny_model("llama", **SIZES).to(torch.bfloat16), folder, tokenizer=True)
 
 
-def test_help_names_every_verb():
-    found = qpruner("--help")
+def test_help_names_every_verb_in_a_process_of_its_own():
+    command = [sys.executable, "-m", "qpruner.cli", "--help"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
     assert found.returncode == 0
     for verb in ("compress", "inspect", "evaluate", "study", "demo"):
         assert verb in found.stdout
 
 
-def test_inspect_prints_json_from_a_configuration_alone(model):
+def test_inspect_prints_json_from_a_configuration_alone(qpruner, model):
     found = qpruner("inspect", model / "config.json", "--json")
     assert found.returncode == 0, found.stderr
     shown = json.loads(found.stdout)
@@ -41,7 +87,7 @@ def test_inspect_prints_json_from_a_configuration_alone(model):
     assert {g["kind"] for g in shown["groups"]} == {"kv_group", "query_head", "channel", "residual"}
 
 
-def test_evaluate_prints_what_checks_rely_on(model, tmp_path):
+def test_evaluate_prints_what_checks_rely_on(qpruner, model, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("some words, and then some more of them\n" * 60)
     found = qpruner("evaluate", model, "--text", text, "--json")
@@ -52,7 +98,7 @@ def test_evaluate_prints_what_checks_rely_on(model, tmp_path):
     assert 0 < shown["loss"] < 10 and shown["n_tokens"] > 1000
 
 
-def test_evaluate_says_how_far_another_model_is(model, tmp_path, monkeypatch):
+def test_evaluate_says_how_far_another_model_is(qpruner, model, tmp_path, monkeypatch):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"a story of {i} words, told in a row"}) + "\n" for i in range(12)))
     words = ("evaluate", model, "--text", text, "--protocol", "rows", "--reference", model)
@@ -61,10 +107,13 @@ def test_evaluate_says_how_far_another_model_is(model, tmp_path, monkeypatch):
     shown = json.loads(found.stdout)
     assert shown["kl"]["flips"] == 0 and shown["kl"]["top1_agreement"] == 1
     assert "12 rows, each alone" in shown["protocol"] and shown["standard_error_by"] == "bootstrap of 12 rows"
-    from qpruner import api, evaluating
+    from qpruner import api
+    from qpruner.judge import speed, turns
     from qpruner.report.terminal import evaluation_tables
 
-    monkeypatch.setattr(evaluating, "ROUNDS", 1)  # two processes instead of six
+    here = lambda folder, **_: speed.measure(Path(folder), torch.float32)  # a run of `compress` below starts processes
+    monkeypatch.setattr(turns, "measure_in_fresh_process", here)
+    monkeypatch.setattr(speed, "SECONDS", 0.01)
     shown = api.evaluate(str(model), text=text, protocol="rows", reference=str(model), speed=True, threads=1)
     assert shown["speed"]["ratios"]["decode_tokens_per_second"]["low"] > 0
 
@@ -85,7 +134,7 @@ def test_evaluate_says_how_far_another_model_is(model, tmp_path, monkeypatch):
         (["compress", "MODEL", "-o", "out"], "budget"),
     ],
 )
-def test_what_cannot_be_served_exits_with_2_and_writes_nothing(model, tmp_path, words, message):
+def test_what_cannot_be_served_exits_with_2_and_writes_nothing(qpruner, model, tmp_path, words, message):
     (tmp_path / "empty.txt").write_text("")
     found = qpruner(*[model if w == "MODEL" else w for w in words], cwd=tmp_path)
     assert found.returncode == 2, found.stderr
@@ -93,30 +142,19 @@ def test_what_cannot_be_served_exits_with_2_and_writes_nothing(model, tmp_path, 
     assert [p.name for p in tmp_path.iterdir()] == ["empty.txt"]
 
 
-def test_an_interrupted_run_exits_with_130_and_can_be_continued(model, tmp_path):
+def test_an_interrupted_run_exits_with_130_and_can_be_continued(qpruner, model, tmp_path):
     quick = "steps=2,window=64,calibration_windows=2,search_windows=2,evaluation_windows=2"
-    recipe = f"qpruner[allocation=uniform,{quick}]"
-    words = [
-        sys.executable,
-        "-m",
-        "qpruner.cli",
-        "compress",
-        str(model),
-        "--budget",
-        "70%",
-        "-o",
-        "out",
-        "--recipe",
-        recipe,
-    ]
-    process = subprocess.Popen(words, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    for line in process.stderr:
-        if line.startswith("importance"):
-            process.send_signal(signal.SIGINT)
-            break
-    _, rest = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command continues" in rest
+    words = ["compress", model, "--budget", "70%", "-o", "out", "--recipe", f"qpruner[allocation=uniform,{quick}]"]
+    command = qpruner.start(*words, cwd=tmp_path)
+    until = time.monotonic() + 60
+    while "importance" not in command.err.read_text() and time.monotonic() < until:
+        time.sleep(0.01)
+    os.kill(command.pid, signal.SIGINT)
+    found = command.ended()
+    assert found.returncode == 130 and "the same command continues" in found.stderr
     assert not (tmp_path / "out").exists() and (tmp_path / "out.run/stages.json").is_file()
-    done = subprocess.run(words, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    done = qpruner(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out/model.safetensors").is_file()
+    measured = json.loads((tmp_path / "out.run/measurements/speed.json").read_text())
+    assert measured["artifact"]["speed"]["rounds"] == 1 and measured["artifact"]["speed"]["resident_bytes"] > 0

@@ -1,6 +1,7 @@
 """The main job on a tiny model: what ships is what was predicted, judged, and asked for."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -39,8 +40,19 @@ def compress(model, out, **options) -> api.Result:
 
 
 @pytest.fixture(scope="module")
-def result(model, tmp_path_factory) -> api.Result:
-    return compress(model, tmp_path_factory.mktemp("run") / "out")
+def made_of(model, tmp_path_factory):
+    """What a recipe gives with nothing else asked for, each made once."""
+
+    @functools.cache
+    def of(recipe: str, budget: str) -> api.Result:
+        return compress(model, tmp_path_factory.mktemp("run") / "out", recipe=recipe, budget=budget)
+
+    return lambda recipe, budget="50%": of(recipe, budget)
+
+
+@pytest.fixture(scope="module")
+def result(made_of) -> api.Result:
+    return made_of(RECIPE)
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -89,21 +101,26 @@ def test_every_kind_of_unit_goes_together_and_what_is_loaded_is_what_was_judged(
 FRESH = """
 import sys, json, torch, qpruner
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
 AutoTokenizer.from_pretrained(sys.argv[1])
 ids = torch.arange(3, 40)[None]
-loss = model(input_ids=ids, labels=ids).loss.item()
-tokens = model.generate(ids[:, :5], max_new_tokens=6, do_sample=False)
-print(json.dumps([type(model).__name__, loss, tokens.tolist()]))
+for dtype in ({"dtype": torch.float32}, {}):
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], **dtype)
+    loss = model(input_ids=ids, labels=ids).loss.item()
+    tokens = model.generate(ids[:, :5], max_new_tokens=6, do_sample=False)
+    print(json.dumps([type(model).__name__, str(model.dtype), loss, tokens.tolist()]), flush=True)
 """
 
 
-def test_the_artifact_loads_in_a_fresh_process_as_its_original_class(result):
-    found = subprocess.run(
-        [sys.executable, "-c", FRESH, str(result.artifact)], capture_output=True, text=True, check=True
-    )
-    name, loss, tokens = json.loads(found.stdout.splitlines()[-1])
-    assert name == "LlamaForCausalLM"
+@pytest.fixture(scope="module")
+def fresh(result) -> subprocess.CompletedProcess:
+    """The artifact in another process, in float32 and then as it is stored."""
+    command = [sys.executable, "-c", FRESH, str(result.artifact)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_artifact_loads_in_a_fresh_process_as_its_original_class(result, fresh):
+    name, dtype, loss, tokens = json.loads(fresh.stdout.splitlines()[-2])
+    assert name == "LlamaForCausalLM" and dtype == "torch.float32"
     assert len(tokens[0]) == 11
     from transformers import AutoModelForCausalLM
 
@@ -143,14 +160,11 @@ def test_training_that_only_did_harm_is_warned_of(model, tmp_path):
     assert any(warning.startswith("No step of the training did as well") for warning in facts.warnings)
 
 
-def test_it_generates_in_its_stored_dtype_in_a_fresh_process(result):
+def test_it_generates_in_its_stored_dtype_in_a_fresh_process(fresh):
     """One token at a time in bfloat16, the default: where a kernel of torch once read past the end of a weight."""
-    found = subprocess.run(
-        [sys.executable, "-c", FRESH.replace(", dtype=torch.float32", ""), str(result.artifact)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert found.returncode == 0, found.stderr
-    assert len(json.loads(found.stdout.splitlines()[-1])[2][0]) == 11
+    assert fresh.returncode == 0, fresh.stderr
+    _, dtype, _, tokens = json.loads(fresh.stdout.splitlines()[-1])
+    assert dtype == "torch.bfloat16" and len(tokens[0]) == 11
 
 
 def test_adapters_are_applied_without_being_asked(result, tmp_path):
@@ -301,18 +315,21 @@ ALL_CUT = f"llm-pruner[{QUICK},steps=0,adapter_rank=0,{EVERY_UNIT}]"
 
 
 @pytest.mark.parametrize("recipe", [RECIPE, *(r.format(QUICK) for r in STREAMABLE), ALL_CUT])
-def test_layer_by_layer_ends_in_the_same_bytes(model, tmp_path, one_layer_at_a_time, monkeypatch, recipe):
-    made = compress(model, tmp_path / "streamed", budget="80%", recipe=recipe)
+def test_layer_by_layer_ends_in_the_same_bytes(made_of, model, tmp_path, one_layer_at_a_time, monkeypatch, recipe):
+    budget = "80%" if recipe.startswith("llm-pruner") else "50%"
+    made = compress(model, tmp_path / "streamed", budget=budget, recipe=recipe)
     assert made.facts.memory.layer_by_layer
     assert not (tmp_path / "streamed.run" / "passes").exists(), "nothing is left of the passes"
     monkeypatch.undo()
-    whole = compress(model, tmp_path / "whole", budget="80%", recipe=recipe)
+    whole = made_of(recipe, budget)
     assert not whole.facts.memory.layer_by_layer
     assert weights(made.artifact) == weights(whole.artifact)
 
 
 @pytest.mark.parametrize("stage", ["judging the original", "importance", "mutual information", "writing"])
-def test_a_killed_pass_goes_on_at_the_layer_where_it_stopped(model, tmp_path, one_layer_at_a_time, stage):
+def test_a_killed_pass_goes_on_at_the_layer_where_it_stopped(
+    made_of, model, tmp_path, one_layer_at_a_time, monkeypatch, stage
+):
     recipe = STREAMABLE[0].format(QUICK)
 
     def stop(name: str, done: int, total: int, detail: str = "") -> None:
@@ -324,8 +341,9 @@ def test_a_killed_pass_goes_on_at_the_layer_where_it_stopped(model, tmp_path, on
     seen = []
     note = lambda name, done, total, detail="": seen.append(done) if name == stage else None
     again = compress(model, tmp_path / "out", recipe=recipe, on_progress=note)
-    assert seen[0] == 3
-    assert weights(again.artifact) == weights(compress(model, tmp_path / "at once", recipe=recipe).artifact)
+    assert seen[0] == 3 and again.facts.memory.layer_by_layer
+    monkeypatch.undo()
+    assert weights(again.artifact) == weights(made_of(recipe).artifact)
 
 
 def test_a_limit_that_cannot_be_kept_is_refused_with_numbers(model, tmp_path):

@@ -1,6 +1,7 @@
 """Which stage did the damage, and what is said of it."""
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -120,12 +121,12 @@ def compress(model, out, text, recipe: str, budget: str = "60%", **options) -> a
     return api.compress(str(model), budget, out, recipe=recipe, calibration=text, measure_speed=False, **options)
 
 
+UNIFORM = f"qpruner[{QUICK},allocation=uniform]"
+REFITTED = f"qpruner[{QUICK},allocation=uniform,steps=0,reconstruction=least-squares]"
 LEARNED = "bits=[4],rounding=gptq,network_steps=2,steps=0,loftq_iterations=0,embedding_bits=8"
 STAGES = {
     f"llm-pruner[{QUICK}]": ["original", "cut", "recovered"],
-    f"qpruner[{QUICK},allocation=uniform,steps=0,reconstruction=least-squares]": [
-        "original", "cut", "refitted", "rounded",
-    ],
+    REFITTED: ["original", "cut", "refitted", "rounded"],
     f"qpruner[{QUICK},allocation=uniform,bits=[4],kept=1,steps=0]": ["original", "rounded"],
     f"qpruner[{QUICK},allocation=uniform,{LEARNED}]": [
         "original", "cut", "embeddings rounded", "rounded", "tuned", "as shipped",
@@ -133,59 +134,66 @@ STAGES = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def made(model, tmp_path_factory, short_text):
+    """What a recipe gives, each made once."""
+
+    @functools.cache
+    def of(recipe: str) -> api.Result:
+        budget = "80%" if recipe.startswith("llm-pruner") else "60%"
+        return compress(model, tmp_path_factory.mktemp("made") / "out", short_text, recipe, budget)
+
+    return of
+
+
 @pytest.mark.parametrize("recipe", STAGES)
-def test_stages_of_the_recipe_are_measured_and_no_others(model, tmp_path, short_text, recipe):
-    budget = "80%" if recipe.startswith("llm-pruner") else "60%"
-    result = compress(model, tmp_path / "out", short_text, recipe, budget)
+def test_stages_of_the_recipe_are_measured_and_no_others(made, recipe):
+    result = made(recipe)
     stages = result.facts.damage.stages
     assert [s.stage for s in stages] == STAGES[recipe]
     assert stages[0].kl == 0.0 and all(s.kl > 0 for s in stages[1:])
 
 
-def test_first_and_last_are_the_original_and_the_files(model, tmp_path, short_text):
-    result = compress(model, tmp_path / "out", short_text, f"qpruner[{QUICK},allocation=uniform]")
+def test_first_and_last_are_the_original_and_the_files(model, made, short_text):
+    result = made(UNIFORM)
     source = inspect_source(str(model))
     parts = corpus.split_corpus(corpus.read_corpus(short_text, "calibration"))
     windows = corpus.token_windows(
         parts["search"], load_tokenizer(source), length=64, n_windows=6, fewest=2, seed=0
     )  # fmt: skip
     dense = load_model(source).float()
-    made = AutoModelForCausalLM.from_pretrained(result.artifact, dtype=torch.float32)
+    written = AutoModelForCausalLM.from_pretrained(result.artifact, dtype=torch.float32)
     stages = result.facts.damage.stages
     assert stages[0].loss == pytest.approx(judge.evaluate_loss(dense, windows).loss, abs=1e-5)
     assert stages[-1].stage == "recovered"
-    assert stages[-1].loss == pytest.approx(judge.evaluate_loss(made, windows).loss, abs=1e-5)
-    assert stages[-1].kl == pytest.approx(kl_to(made, dense, windows).kl, abs=1e-5)
+    assert stages[-1].loss == pytest.approx(judge.evaluate_loss(written, windows).loss, abs=1e-5)
+    assert stages[-1].kl == pytest.approx(kl_to(written, dense, windows).kl, abs=1e-5)
 
 
-def test_layer_by_layer_measures_the_same(model, tmp_path, short_text, monkeypatch):
+def test_layer_by_layer_measures_the_same(model, made, tmp_path, short_text, monkeypatch):
     from qpruner.model import memory
 
-    recipe = f"qpruner[{QUICK},allocation=uniform,steps=0,reconstruction=least-squares]"
-    whole = compress(model, tmp_path / "whole", short_text, recipe).facts.damage
+    whole = made(REFITTED).facts
     monkeypatch.setattr(memory, "fits", lambda *_: False)
     forecast = memory.forecast
     monkeypatch.setattr(
         "qpruner.shape.memory.forecast",
         lambda *args, **kw: dataclasses.replace(forecast(*args, **kw), resident=False),
     )
-    parts = compress(model, tmp_path / "parts", short_text, recipe).facts
-    assert parts.memory.layer_by_layer and parts.damage == whole
+    parts = compress(model, tmp_path / "parts", short_text, REFITTED).facts
+    assert parts.memory.layer_by_layer and not whole.memory.layer_by_layer and parts.damage == whole.damage
 
 
-def test_nothing_is_measured_if_not_asked_for_and_the_artifact_is_the_same(model, tmp_path, short_text):
-    recipe = f"qpruner[{QUICK},allocation=uniform]"
-    made = [compress(model, tmp_path / str(on), short_text, recipe, measure_stages=on) for on in (True, False)]
-    assert made[1].facts.damage.stages == () and made[0].facts.damage.stages
-    manifests = [(each.artifact / "manifest.json").read_bytes() for each in made]
-    weights = [(each.artifact / "model.safetensors").read_bytes() for each in made]
+def test_nothing_is_measured_if_not_asked_for_and_the_artifact_is_the_same(model, made, tmp_path, short_text):
+    both = made(UNIFORM), compress(model, tmp_path / "out", short_text, UNIFORM, measure_stages=False)
+    assert both[1].facts.damage.stages == () and both[0].facts.damage.stages
+    manifests = [(each.artifact / "manifest.json").read_bytes() for each in both]
+    weights = [(each.artifact / "model.safetensors").read_bytes() for each in both]
     assert manifests[0] == manifests[1] and weights[0] == weights[1]
     assert set(json.loads(manifests[0])["fingerprints"]) == {"calibration", "search"}
 
 
-def test_an_interrupted_run_measures_the_stages_once(model, tmp_path, short_text, monkeypatch):
-    recipe = f"qpruner[{QUICK},allocation=uniform]"
-
+def test_an_interrupted_run_measures_the_stages_once(model, made, tmp_path, short_text, monkeypatch):
     class Interrupted(Exception):
         pass
 
@@ -194,16 +202,15 @@ def test_an_interrupted_run_measures_the_stages_once(model, tmp_path, short_text
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(StageLosses, "shipped", lambda self, *args, **kw: stop(*args, **kw))
-        compress(model, tmp_path / "out", short_text, recipe)
+        compress(model, tmp_path / "out", short_text, UNIFORM)
     shown = set()
-    result = compress(model, tmp_path / "out", short_text, recipe, on_progress=lambda name, *_: shown.add(name))
+    result = compress(model, tmp_path / "out", short_text, UNIFORM, on_progress=lambda name, *_: shown.add(name))
     assert not shown & {"loss, original", "loss, cut", "loss, rounded"} and "loss, recovered" in shown
-    straight = compress(model, tmp_path / "straight", short_text, recipe)
-    assert result.facts.damage == straight.facts.damage
+    assert result.facts.damage == made(UNIFORM).facts.damage
 
 
 def test_a_warning_reaches_the_table_the_page_and_a_second_call(model, tmp_path, short_text):
-    recipe = f"qpruner[{QUICK},allocation=uniform]"
+    recipe = UNIFORM.replace("steps=4", "steps=0")
     result = compress(model, tmp_path / "out", short_text, recipe, tolerance=-10.0)
     again = compress(model, tmp_path / "out", short_text, recipe, tolerance=-9.0)
     quiet = compress(model, tmp_path / "out", short_text, recipe)

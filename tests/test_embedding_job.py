@@ -1,6 +1,7 @@
 """Embeddings in codes as part of the main job: counted, judged and shipped in every path alike."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -58,6 +59,17 @@ def compress(model, out, recipe, short_text, budget="100%") -> api.Result:
     return api.compress(str(model), budget, out, recipe=recipe, measure_speed=False, calibration=short_text)
 
 
+@pytest.fixture(scope="module")
+def made_of(folders, tmp_path_factory, short_text):
+    """What a recipe makes of a model with nothing else asked for, each made once; nobody writes into it."""
+
+    @functools.cache
+    def of(case: str, recipe: str) -> api.Result:
+        return compress(folders(case), tmp_path_factory.mktemp("made") / "out", recipe, short_text)
+
+    return of
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
@@ -69,17 +81,19 @@ def manifest(result) -> dict:
 FRESH = """
 import sys, torch, qpruner
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-ids = torch.arange(3, 40)[None]
-with torch.no_grad():
-    tokens = model.generate(ids[:, :5], max_new_tokens=6, do_sample=False)
-    torch.save([model(input_ids=ids).logits, tokens], sys.argv[2])
+ids, seen = torch.arange(3, 40)[None], {}
+for folder in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        tokens = model.generate(ids[:, :5], max_new_tokens=6, do_sample=False)
+        seen[folder] = [model(input_ids=ids).logits, tokens]
+torch.save(seen, sys.argv[1])
 """
 
 
 @pytest.mark.parametrize("case", ["llama tied", "gpt_neox", "gpt2", "opt projected", "gemma3"])
-def test_nothing_but_the_embeddings_changes_and_the_files_are_as_predicted(case, folders, tmp_path, short_text):
-    result = compress(folders(case), tmp_path / "out", ALONE, short_text)
+def test_nothing_but_the_embeddings_changes_and_the_files_are_as_predicted(case, folders, made_of):
+    result = made_of(case, ALONE)
     plan, sizes = Plan.read(result.artifact / "plan.json"), manifest(result)["bytes"]
     told = {row.name: row for row in result.facts.embeddings}
     assert told.keys() == plan.embeddings.keys() and {row.bits for row in told.values()} == {4}
@@ -108,8 +122,8 @@ def test_sixteen_bits_are_as_if_nobody_had_asked(folders, tmp_path, short_text):
     "case, recipe",
     [("llama tied", ALONE), ("llama", PRUNED), ("gpt2", PRUNED), ("gpt_neox", TURNED), ("opt projected", ALONE)],
 )
-def test_one_layer_at_a_time_ends_in_the_same_bytes(case, recipe, folders, tmp_path, short_text, monkeypatch):
-    whole = compress(folders(case), tmp_path / "whole", recipe, short_text)
+def test_one_layer_at_a_time_ends_in_the_same_bytes(case, recipe, folders, made_of, tmp_path, short_text, monkeypatch):
+    whole = made_of(case, recipe)
     fitting = prepare.forecast_for
     monkeypatch.setattr(prepare, "forecast_for", lambda *args: dataclasses.replace(fitting(*args), resident=False))
     streamed = compress(folders(case), tmp_path / "streamed", recipe, short_text)
@@ -117,25 +131,34 @@ def test_one_layer_at_a_time_ends_in_the_same_bytes(case, recipe, folders, tmp_p
     assert manifest(whole)["bytes"]["predicted"] == manifest(whole)["bytes"]["on_disk"]
 
 
-@pytest.mark.parametrize(
-    "case, recipe", [("llama tied", SEARCHED), ("llama", LEARNED)], ids=["searched and trained", "learned"]
-)
-def test_what_loads_in_a_fresh_process_is_what_was_tried_and_judged(case, recipe, folders, tmp_path, short_text):
-    result = compress(folders(case), tmp_path / "out", recipe, short_text)
+CHANGED_LATER = {"searched and trained": ("llama tied", SEARCHED), "learned": ("llama", LEARNED)}
+
+
+@pytest.fixture(scope="module")
+def seen(made_of, tmp_path_factory) -> dict:
+    """Logits and generated tokens of both, in one fresh process."""
+    path = tmp_path_factory.mktemp("fresh") / "seen"
+    folders = [str(made_of(*asked).artifact) for asked in CHANGED_LATER.values()]
+    subprocess.run([sys.executable, "-c", FRESH, str(path), *folders], check=True)
+    return torch.load(path)
+
+
+@pytest.mark.parametrize("which", CHANGED_LATER)
+def test_what_loads_in_a_fresh_process_is_what_was_tried_and_judged(which, made_of, seen):
+    result = made_of(*CHANGED_LATER[which])
     assert manifest(result)["bytes"]["predicted"] == manifest(result)["bytes"]["on_disk"]
     stored = load_file(result.artifact / "model.safetensors")
-    codes = load_file(tmp_path / "out.run/measurements/embeddings/codes.safetensors")
+    codes = load_file(result.artifact.with_name("out.run") / "measurements/embeddings/codes.safetensors")
     assert codes and all(torch.equal(stored[name], tensor) for name, tensor in codes.items())
     ids, model = torch.arange(3, 40)[None], AutoModelForCausalLM.from_pretrained(result.artifact, dtype=torch.float32)
     for name in Plan.read(result.artifact / "plan.json").embeddings:
         assert torch.equal(model.get_submodule(name).codes, stored[f"{name}.codes"])
-    subprocess.run([sys.executable, "-c", FRESH, str(result.artifact), str(tmp_path / "seen")], check=True)
-    logits, tokens = torch.load(tmp_path / "seen")
+    logits, tokens = seen[str(result.artifact)]
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, logits) and tokens.shape[1] > 5
 
 
-def test_what_an_interrupted_run_of_other_bits_left_is_not_taken(folders, tmp_path, short_text):
+def test_what_an_interrupted_run_of_other_bits_left_is_not_taken(folders, made_of, tmp_path, short_text):
     class Interrupted(Exception):
         pass
 
@@ -143,7 +166,7 @@ def test_what_an_interrupted_run_of_other_bits_left_is_not_taken(folders, tmp_pa
         if name == "rounding":
             raise Interrupted
 
-    whole = compress(folders("llama"), tmp_path / "whole", PRUNED, short_text)
+    whole = made_of("llama", PRUNED)
     how = dict(measure_speed=False, calibration=short_text, on_progress=stop)
     for bits in (2, 4):
         recipe = PRUNED.replace("embedding_bits=4", f"embedding_bits={bits}")

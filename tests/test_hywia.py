@@ -1,5 +1,6 @@
 """The recipe `hywia` from a model to an artifact: scores fused on the way, inputs that are gone made up for."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -73,12 +74,12 @@ def test_an_interrupted_fusion_ends_in_the_same_bytes(compress, finished, model,
     assert weights(compress(model, tmp_path / "out").artifact) == weights(finished.artifact)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_single_way_can_be_asked_for_in_either_scope(compress, model, tmp_path, way):
-    for scope in ("layer", "global"):
-        recipe = f"hywia[{PLAIN},fusion={way},scope={scope},reconstruction=none,steps=0,adapter_rank=0]"
-        made = compress(model, tmp_path / scope, recipe)
-        assert made.facts.fusion.way == way and not made.facts.reconstruction
+@pytest.mark.parametrize("way, scope", [*zip(WAYS, itertools.cycle(("layer", "global"))), ("learned", "global")])
+def test_a_single_way_can_be_asked_for_in_either_scope(compress, model, tmp_path, way, scope):
+    """A way knows nothing of the scope: one of each is enough, and both of the last."""
+    recipe = f"hywia[{PLAIN},fusion={way},scope={scope},reconstruction=none,steps=0,adapter_rank=0]"
+    made = compress(model, tmp_path / "out", recipe)
+    assert made.facts.fusion.way == way and not made.facts.reconstruction
 
 
 def test_what_cannot_be_fused_is_refused():

@@ -103,11 +103,18 @@ def test_any_point_is_made_without_searching(front, model, tmp_path, short_text)
         assert torch.isfinite(loaded(input_ids=torch.arange(3, 20)[None]).logits).all()
 
 
-def test_auto_searches_for_its_own_budget(model, tmp_path, short_text):
-    made = api.compress(str(model), "25%", tmp_path / "out", recipe=RECIPE, calibration=short_text, measure_speed=False)
+@pytest.fixture(scope="module")
+def by_itself(model, tmp_path_factory, short_text):
+    """What `compress` makes by a search of its own."""
+    out = tmp_path_factory.mktemp("auto") / "out"
+    return api.compress(str(model), "25%", out, recipe=RECIPE, calibration=short_text, measure_speed=False)
+
+
+def test_auto_searches_for_its_own_budget(by_itself, model, tmp_path, short_text):
+    made = by_itself
     assert made.facts.sizes.on_disk <= made.facts.sizes.asked
     assert "random plan" in made.report.read_text()
-    compared = json.loads((tmp_path / "out.run" / "measurements" / "finalists.json").read_text())
+    compared = finalists(made)
     assert len(compared) == 2 and min(compared) > 0
     again = api.compress(
         str(model), "25%", tmp_path / "again", recipe=RECIPE, calibration=short_text, measure_speed=False
@@ -115,18 +122,17 @@ def test_auto_searches_for_its_own_budget(model, tmp_path, short_text):
     assert (again.artifact / "model.safetensors").read_bytes() == (made.artifact / "model.safetensors").read_bytes()
 
 
-def test_of_finalists_the_nearest_to_the_original_is_taken(model, tmp_path, short_text, monkeypatch):
-    plans = {}
-    for name, reverse in (("nearest", False), ("farthest", True)):
-        with monkeypatch.context() as patch:
-            if reverse:
-                patch.setattr(sys.modules["qpruner.compress"], "min", max, raising=False)
-            made = api.compress(
-                str(model), "25%", tmp_path / name, recipe=RECIPE, calibration=short_text, measure_speed=False
-            )
-        kl = json.loads((tmp_path / f"{name}.run" / "measurements" / "finalists.json").read_text())
-        plans[name] = Plan.read(made.artifact / "plan.json"), kl
-    assert plans["nearest"][1] == plans["farthest"][1] and plans["nearest"][0] != plans["farthest"][0]
+def finalists(made) -> list[float]:
+    return json.loads((made.report.parent / "measurements" / "finalists.json").read_text())
+
+
+def test_of_finalists_the_nearest_to_the_original_is_taken(by_itself, model, tmp_path, short_text, monkeypatch):
+    monkeypatch.setattr(sys.modules["qpruner.compress"], "min", max, raising=False)
+    options = dict(recipe=RECIPE, calibration=short_text, measure_speed=False)
+    farthest = api.compress(str(model), "25%", tmp_path / "out", **options)
+    assert finalists(by_itself) == finalists(farthest)
+    nearest, other = (Plan.read(made.artifact / "plan.json") for made in (by_itself, farthest))
+    assert nearest != other
 
 
 def test_a_search_whose_text_changed_or_of_another_version_is_not_read_back(model, tmp_path, short_text, monkeypatch):
@@ -164,8 +170,6 @@ def test_what_cannot_be_searched_is_refused_before_anything_is_written(model, tm
 
 
 def test_a_target_bounds_what_is_tried(model, tmp_path, short_text):
-    recipe = RECIPE.replace("bits=[2,4]", "bits=[3,4,8],group_size=32,scale_bits=16")
-    recipe = recipe.replace("width_grid=32", "width_grid=8")
     recipe = RECIPE.replace("bits=[2,4]", "bits=[3,4,8],group_size=32,scale_bits=16").replace(
         "width_grid=32", "width_grid=8"
     )

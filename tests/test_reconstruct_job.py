@@ -1,6 +1,7 @@
 """Reconstruction as a stage of the main job: what ships is what was refitted, in the predicted bytes."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import subprocess
@@ -43,6 +44,21 @@ def compress(model, out, recipe, short_text, **options) -> api.Result:
     return api.compress(str(model), "90%", out, recipe=recipe, **options)
 
 
+@pytest.fixture(scope="module")
+def made_of(model, tmp_path_factory, short_text):
+    """What a recipe gives with nothing else asked for, each made once; nobody writes into it."""
+
+    @functools.cache
+    def of(recipe: str, model: Path = model) -> api.Result:
+        return compress(model, tmp_path_factory.mktemp("made") / "out", recipe, short_text)
+
+    return of
+
+
+def run_of(made: api.Result) -> Path:
+    return made.artifact.with_name("out.run")
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
@@ -56,14 +72,14 @@ print(json.dumps([type(model).__name__, model(input_ids=ids).logits.tolist()]))
 """
 
 
-def test_added_biases_ship_in_the_predicted_bytes_and_load_in_a_fresh_process(model, tmp_path, short_text):
+def test_added_biases_ship_in_the_predicted_bytes_and_load_in_a_fresh_process(made_of):
     from transformers import AutoModelForCausalLM
 
-    made = compress(model, tmp_path / "out", BIASED, short_text)
+    made = made_of(BIASED)
     plan = Plan.read(made.artifact / "plan.json")
     assert len(plan.added_biases) == 6
     stored, refitted = load_file(made.artifact / "model.safetensors"), {}
-    for path in (tmp_path / "out.run/measurements/reconstruction").glob("*.safetensors"):
+    for path in (run_of(made) / "measurements/reconstruction").glob("*.safetensors"):
         refitted |= load_file(path)
     assert refitted.keys() >= {f"{name}.bias" for name in plan.added_biases}
     assert all(torch.equal(stored[name], tensor) for name, tensor in refitted.items())
@@ -91,14 +107,16 @@ def test_nothing_is_refitted_where_nothing_is_cut(model, tmp_path, short_text):
 
 
 @pytest.mark.parametrize("recipe", [BIASED, QUANTIZED])
-def test_layer_by_layer_ends_in_the_same_bytes(model, tmp_path, short_text, one_layer_at_a_time, monkeypatch, recipe):
+def test_layer_by_layer_ends_in_the_same_bytes(
+    made_of, model, tmp_path, short_text, one_layer_at_a_time, monkeypatch, recipe
+):
     made = compress(model, tmp_path / "streamed", recipe, short_text)
     assert made.facts.memory.layer_by_layer and "reconstruction" in made.facts.memory.predicted
     monkeypatch.undo()
-    whole = compress(model, tmp_path / "whole", recipe, short_text)
-    assert files(made.artifact) == files(whole.artifact)
+    whole = made_of(recipe)
+    assert files(made.artifact) == files(whole.artifact) and not whole.facts.memory.layer_by_layer
     kept = "measurements/reconstruction"
-    assert files(tmp_path / "streamed.run" / kept) == files(tmp_path / "whole.run" / kept)
+    assert files(tmp_path / "streamed.run" / kept) == files(run_of(whole) / kept)
 
 
 def test_the_whole_model_in_memory_has_them_too(model, tmp_path, short_text):
@@ -115,7 +133,9 @@ class Interrupted(Exception):
     pass
 
 
-def test_an_interrupted_stage_goes_on_at_its_layer(model, tmp_path, short_text, one_layer_at_a_time):
+def test_an_interrupted_stage_goes_on_at_its_layer(
+    made_of, model, tmp_path, short_text, one_layer_at_a_time, monkeypatch
+):
     def stop(name: str, done: int, total: int, detail: str = "") -> None:
         if name == "reconstruction" and done == 2:
             raise Interrupted
@@ -127,7 +147,8 @@ def test_an_interrupted_stage_goes_on_at_its_layer(model, tmp_path, short_text, 
     again = compress(model, tmp_path / "out", BIASED, short_text, on_progress=note)
     assert [done for name, done in seen if name == "reconstruction"] == [3]
     assert "importance" not in dict(seen), "a finished stage is read back"
-    assert files(again.artifact) == files(compress(model, tmp_path / "at once", BIASED, short_text).artifact)
+    monkeypatch.undo()
+    assert files(again.artifact) == files(made_of(BIASED).artifact)
 
 
 def test_the_recipe_s_settings_reach_the_linears(model, tmp_path, short_text):
@@ -138,12 +159,12 @@ def test_the_recipe_s_settings_reach_the_linears(model, tmp_path, short_text):
     assert all(row["error"] <= row["error_sliced"] and row["tokens"] == 8 * 64 for row in rows)
 
 
-def test_other_settings_in_the_same_run_folder_are_another_result(model, tmp_path, short_text):
+def test_other_settings_in_the_same_run_folder_are_another_result(made_of, model, tmp_path, short_text):
     other = QUANTIZED.replace("least-squares", "least-squares,dampings=[10.0]")
-    first = compress(model, tmp_path / "out", QUANTIZED, short_text)
+    first = made_of(QUANTIZED)
+    shutil.copytree(run_of(first), tmp_path / "out.run")
     information = lambda: json.loads((tmp_path / "out.run/stages.json").read_text())["information"]
     before, measured = files(first.artifact), information()
-    shutil.rmtree(first.artifact)
     again = compress(model, tmp_path / "out", other, short_text)
     assert information()["inputs"] != measured["inputs"], "what is measured of the refitted model depends on how"
     assert before != files(again.artifact) == files(compress(model, tmp_path / "new", other, short_text).artifact)
@@ -172,12 +193,12 @@ def mixture(tmp_path_factory) -> Path:
     return save(tiny_model("mixtral", **sizes).to(torch.bfloat16), folder, tokenizer=True)
 
 
-def test_refitted_stacks_of_experts_ship(mixture, tmp_path, short_text):
+def test_refitted_stacks_of_experts_ship(made_of, mixture, tmp_path, short_text):
     from transformers import AutoModelForCausalLM
 
-    made = compress(mixture, tmp_path / "out", MIXTURE, short_text)
+    made = made_of(MIXTURE, mixture)
     refitted = {}
-    for path in (tmp_path / "out.run/measurements/reconstruction").glob("*.safetensors"):
+    for path in (run_of(made) / "measurements/reconstruction").glob("*.safetensors"):
         refitted |= load_file(path)
     stacks = [f"model.layers.{i}.mlp.experts.down_proj" for i in range(2)]
     loaded = AutoModelForCausalLM.from_pretrained(made.artifact, dtype=torch.bfloat16).state_dict()
@@ -196,10 +217,10 @@ def test_refitted_stacks_of_experts_ship(mixture, tmp_path, short_text):
 
 
 def test_a_mixture_layer_by_layer_ends_in_the_same_bytes(
-    mixture, tmp_path, short_text, one_layer_at_a_time, monkeypatch
+    made_of, mixture, tmp_path, short_text, one_layer_at_a_time, monkeypatch
 ):
     made = compress(mixture, tmp_path / "streamed", MIXTURE, short_text)
     assert made.facts.memory.layer_by_layer
     monkeypatch.undo()
-    whole = compress(mixture, tmp_path / "whole", MIXTURE, short_text)
-    assert files(made.artifact) == files(whole.artifact)
+    whole = made_of(MIXTURE, mixture)
+    assert files(made.artifact) == files(whole.artifact) and not whole.facts.memory.layer_by_layer

@@ -32,9 +32,16 @@ def changed(recovery, **fields):
     return recovery.model_copy(update=fields)
 
 
-def test_the_loss_falls_and_only_adapters_change():
-    steps, before = [], {n: t.clone() for n, t in packed().state_dict().items()}
-    model, found = trained(on_step=lambda *step: steps.append(step))
+@pytest.fixture(scope="module")
+def once():
+    """A training with nothing else asked for: the model, what was found, and the steps that were shown."""
+    steps = []
+    return *trained(on_step=lambda *step: steps.append(step)), steps
+
+
+def test_the_loss_falls_and_only_adapters_change(once):
+    model, found, steps = once
+    before = packed().state_dict()
     assert found.curve[-1][1] < 0.9 * found.curve[0][1]
     differ = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
     assert differ and all("lora_" in name for name in differ)
@@ -42,8 +49,8 @@ def test_the_loss_falls_and_only_adapters_change():
     assert "forward" not in model.__dict__ and found.best_step is None
 
 
-def test_the_same_seed_gives_the_same_adapters():
-    (one, first), (two, second) = trained(), trained()
+def test_the_same_seed_gives_the_same_adapters(once):
+    (one, first, _), (two, second) = once, trained()
     assert first == second
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
@@ -217,11 +224,15 @@ class Cut(Exception):
     pass
 
 
+@pytest.fixture(scope="module")
+def uninterrupted():
+    recovery, other = changed(TEXT, validations=5, micro_batch=2), Material(examples(6, seed=1))
+    return recovery, other, *trained(recovery, None, other, dropout=0.1)
+
+
 @pytest.mark.parametrize("after", [3, 11, 19])
-def test_an_interrupted_training_ends_in_the_same_adapters(tmp_path, after):
-    recovery = changed(TEXT, validations=5, micro_batch=2)
-    other = Material(examples(6, seed=1))
-    whole, expected = trained(recovery, None, other, dropout=0.1)
+def test_an_interrupted_training_ends_in_the_same_adapters(tmp_path, uninterrupted, after):
+    recovery, other, whole, expected = uninterrupted
 
     def stop(step, steps, loss):
         if step == after:

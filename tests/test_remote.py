@@ -84,26 +84,22 @@ def test_removing_a_unit_is_zeroing_it(folders, position):
 
 FRESH = """
 import json, sys
-{first}
 import torch
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
 ids = torch.arange(3, 23)[None]
 found = []
+sys.modules["qpruner"] = None  # its import is an error
 for folder in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
     tokens = model.generate(ids[:, :5], max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
     with torch.no_grad():
         found.append([type(model).__name__, model(ids).logits.tolist(), tokens.shape[1]])
+    if sys.modules["qpruner"] is None:
+        del sys.modules["qpruner"]
+        import qpruner
 print(json.dumps(found))
 """
-
-
-def in_a_fresh_process(*folders, first: str) -> list:
-    command = [sys.executable, "-c", FRESH.replace("{first}", first), *map(str, folders)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +121,16 @@ def stock(folders, short_text, tmp_path_factory):
     )  # fmt: skip
 
 
-def test_the_artifact_carries_the_code_and_loads_in_a_fresh_process(artifact):
+@pytest.fixture(scope="module")
+def fresh(stock, artifact) -> list:
+    """What one process makes of the stock artifact without qpruner, and then of the other with it."""
+    command = [sys.executable, "-c", FRESH, str(stock.artifact), str(artifact.artifact)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_artifact_carries_the_code_and_loads_in_a_fresh_process(artifact, fresh):
     folder = artifact.artifact
     assert {p.name for p in folder.glob("*.py")} == {p.name for p in CODE.glob("*.py")}  # and not notes.py
     assert all((folder / p.name).read_bytes() == p.read_bytes() for p in CODE.glob("*.py"))
@@ -133,7 +138,7 @@ def test_the_artifact_carries_the_code_and_loads_in_a_fresh_process(artifact):
     assert config["model_type"] == "qpruner" and "auto_map" not in config
     assert config["base_config"]["auto_map"]["AutoModelForCausalLM"] == "modeling_wpack.WPackForCausalLM"
     assert artifact.facts.sizes.on_disk == artifact.facts.sizes.predicted <= artifact.facts.sizes.asked
-    ((name, logits, length),) = in_a_fresh_process(folder, first="import qpruner")
+    _, (name, logits, length) = fresh
     here = load.load_model(load.inspect_source(folder, trust_remote_code=True))
     assert name == type(here).__name__ == "WPackForCausalLM" and length == 9
     with torch.no_grad():
@@ -142,11 +147,11 @@ def test_the_artifact_carries_the_code_and_loads_in_a_fresh_process(artifact):
     assert "--trust-remote-code" in artifact.facts.command
 
 
-def test_a_stock_artifact_loads_without_qpruner(stock):
+def test_a_stock_artifact_loads_without_qpruner(stock, fresh):
     folder = stock.artifact
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "wpack" and config["num_attention_heads"] == 4 and config["head_dim"] == 8
-    ((name, logits, length),) = in_a_fresh_process(folder, first='sys.modules["qpruner"] = None')
+    (name, logits, length), _ = fresh
     assert name == "WPackForCausalLM" and length == 9
     here = load.load_model(load.inspect_source(folder, trust_remote_code=True))
     with torch.no_grad():

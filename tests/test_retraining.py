@@ -1,5 +1,6 @@
 """recover: any artifact is trained beside its base, goes on where it was cut off, and is whole or absent."""
 
+import functools
 import json
 import shutil
 
@@ -57,19 +58,31 @@ def recover(place, name, output, *, changes="", **options):
     return api.recover(str(place / name), output, recipe=f"recover[{SHORT}{changes}]", **options)
 
 
+@pytest.fixture(scope="module")
+def recovered(place, tmp_path_factory):
+    """Artifacts recovered as they are with nothing else asked for, each once: where it is, and what was found."""
+    folder = tmp_path_factory.mktemp("recovered")
+
+    @functools.cache
+    def of(name):
+        return folder / name, recover(place, name, folder / name)
+
+    return of
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_an_artifact_of_any_recipe_loses_less(place, tmp_path, name):
-    found = recover(place, name, tmp_path / "out")
+def test_an_artifact_of_any_recipe_loses_less(recovered, tmp_path, name):
+    output, found = recovered(name)
     facts = found.facts
     assert facts.metric("KL to the original").after < facts.metric("KL to the original").before
     assert facts.recovery.loss == "distillation" and facts.recovery.curve[-1].step == 6
-    plan = json.loads((tmp_path / "out/plan.json").read_text())
+    plan = json.loads((output / "plan.json").read_text())
     assert plan["adapters"] == facts.adapters and plan["adapter_ranks"]
     if name == "16 bits":  # a stock model stays one
         assert facts.adapters == "merged" and facts.size_after == facts.size_before
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    model = AutoModelForCausalLM.from_pretrained(output).eval()
     assert bool(adapters.adapter_layers(model)) == (facts.adapters == "beside")
-    judged = api.evaluate(str(tmp_path / "out"), text=_other(tmp_path), window=32, windows=3)
+    judged = api.evaluate(str(output), text=_other(tmp_path), window=32, windows=3)
     assert judged["loss"] > 0
     assert found.report.read_text().startswith("<!doctype html>")
 
@@ -80,8 +93,8 @@ def _other(tmp_path):
     return path
 
 
-def test_the_better_way_ships_and_both_are_said(place, tmp_path):
-    facts = recover(place, "packed", tmp_path / "out").facts
+def test_the_better_way_ships_and_both_are_said(place, recovered, tmp_path):
+    facts = recovered("packed")[1].facts
     assert set(facts.losses) == {"beside", "merged"}
     better = "merged" if facts.losses["merged"] <= facts.losses["beside"] else "beside"
     assert facts.adapters == better
@@ -90,8 +103,8 @@ def test_the_better_way_ships_and_both_are_said(place, tmp_path):
     assert asked.losses["merged"] == facts.losses["merged"]
 
 
-def test_an_interrupted_training_ends_in_the_same_bytes(place, tmp_path, monkeypatch):
-    recover(place, "mixed", tmp_path / "whole")
+def test_an_interrupted_training_ends_in_the_same_bytes(place, recovered, tmp_path, monkeypatch):
+    whole, _ = recovered("mixed")
     write = stages._write
 
     def cut(*args):
@@ -105,9 +118,9 @@ def test_an_interrupted_training_ends_in_the_same_bytes(place, tmp_path, monkeyp
     seen = []
     recover(place, "mixed", tmp_path / "cut", on_progress=lambda stage, *_: seen.append(stage))
     assert "recovery" not in seen  # it was read back
-    files = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*") if p.is_file())
+    files = sorted(p.relative_to(whole) for p in whole.rglob("*") if p.is_file())
     assert files == sorted(p.relative_to(tmp_path / "cut") for p in (tmp_path / "cut").rglob("*") if p.is_file())
-    assert all((tmp_path / "whole" / f).read_bytes() == (tmp_path / "cut" / f).read_bytes() for f in files)
+    assert all((whole / f).read_bytes() == (tmp_path / "cut" / f).read_bytes() for f in files)
     again = recover(place, "mixed", tmp_path / "cut")
     assert again.facts.size_after > again.facts.size_before or again.facts.adapters == "merged"
 

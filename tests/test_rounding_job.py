@@ -1,6 +1,7 @@
 """Rounding with text as a stage of the main job: what ships are its codes, in the predicted bytes."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import subprocess
@@ -45,6 +46,28 @@ def compress(model, out, recipe, short_text, **options) -> api.Result:
     return api.compress(str(model), "90%", out, recipe=recipe, **options)
 
 
+@pytest.fixture(scope="module")
+def made_of(model, tmp_path_factory, short_text):
+    """What a recipe gives with nothing else asked for, each made once; nobody writes into it."""
+
+    @functools.cache
+    def of(recipe: str) -> api.Result:
+        return compress(model, tmp_path_factory.mktemp("made") / "out", recipe, short_text)
+
+    return of
+
+
+def run_of(made: api.Result) -> Path:
+    return made.artifact.with_name(made.artifact.name + ".run")
+
+
+def copied(made: api.Result, place: Path) -> Path:
+    """The artifact, with its run folder beside it, where a test may change both."""
+    for folder in (made.artifact, run_of(made)):
+        shutil.copytree(folder, place / folder.name)
+    return place / made.artifact.name
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
@@ -63,21 +86,21 @@ print(json.dumps([type(model).__name__, model(input_ids=ids).logits.tolist()]))
 
 
 @pytest.mark.parametrize("recipe", [GPTAQ, PRUNED, MIXED, NARROW], ids=["gptaq", "pruned", "mixed", "bfloat16"])
-def test_the_codes_ship_in_the_predicted_bytes(model, tmp_path, short_text, recipe):
-    made = compress(model, tmp_path / "out", recipe, short_text)
-    stored, found = load_file(made.artifact / "model.safetensors"), found_in(tmp_path / "out.run")
+def test_the_codes_ship_in_the_predicted_bytes(made_of, recipe):
+    made = made_of(recipe)
+    stored, found = load_file(made.artifact / "model.safetensors"), found_in(run_of(made))
     assert sum(name.endswith(".codes") for name in found) >= 21
     assert all(torch.equal(stored[name], tensor) for name, tensor in found.items())
     assert made.facts.sizes.predicted == made.facts.sizes.on_disk <= made.facts.sizes.asked
-    rows = json.loads((tmp_path / "out.run/measurements/rounding/linears.json").read_text())
+    rows = json.loads((run_of(made) / "measurements/rounding/linears.json").read_text())
     assert len(rows) == 21 and all(row["tokens"] == 8 * 64 for row in rows)
     assert "rounding" in made.facts.memory.predicted
 
 
-def test_it_loads_in_a_fresh_process(model, tmp_path, short_text):
+def test_it_loads_in_a_fresh_process(made_of):
     from transformers import AutoModelForCausalLM
 
-    made = compress(model, tmp_path / "out", GPTAQ, short_text)
+    made = made_of(GPTAQ)
     run = subprocess.run([sys.executable, "-c", FRESH, str(made.artifact)], capture_output=True, text=True, check=True)
     name, logits = json.loads(run.stdout.splitlines()[-1])
     here = AutoModelForCausalLM.from_pretrained(made.artifact, dtype=torch.float32)
@@ -86,11 +109,13 @@ def test_it_loads_in_a_fresh_process(model, tmp_path, short_text):
 
 
 @pytest.mark.parametrize("recipe", [GPTAQ, PRUNED], ids=["gptaq", "pruned"])
-def test_layer_by_layer_ends_in_the_same_bytes(model, tmp_path, short_text, one_layer_at_a_time, monkeypatch, recipe):
+def test_layer_by_layer_ends_in_the_same_bytes(
+    made_of, model, tmp_path, short_text, one_layer_at_a_time, monkeypatch, recipe
+):
     made = compress(model, tmp_path / "streamed", recipe, short_text)
-    assert made.facts.memory.layer_by_layer
     monkeypatch.undo()
-    whole = compress(model, tmp_path / "whole", recipe, short_text)
+    whole = made_of(recipe)
+    assert made.facts.memory.layer_by_layer and not whole.facts.memory.layer_by_layer
     assert files(made.artifact) == files(whole.artifact)
 
 
@@ -103,9 +128,9 @@ def test_adapters_are_trained_beside_the_codes(model, tmp_path, short_text):
 
 
 @pytest.mark.parametrize("recipe", [STARTED, STARTED.replace("gptaq[", "gptq[rounding=nearest,loftq_weighting=gram,")])
-def test_adapters_start_with_the_codes(model, tmp_path, short_text, recipe):
-    made = compress(model, tmp_path / "out", recipe, short_text)
-    found = found_in(tmp_path / "out.run")
+def test_adapters_start_with_the_codes(made_of, recipe):
+    made = made_of(recipe)
+    found = found_in(run_of(made))
     adapters = load_file(next(made.artifact.rglob("adapter_model.safetensors")))
     stored = load_file(made.artifact / "model.safetensors")
     assert adapters and all(torch.equal(tensor, found[name]) for name, tensor in adapters.items())
@@ -115,9 +140,9 @@ def test_adapters_start_with_the_codes(model, tmp_path, short_text, recipe):
     assert made.facts.sizes.predicted == made.facts.sizes.on_disk
 
 
-def test_starts_in_memory_are_those_of_layer_by_layer(model, tmp_path, short_text):
+def test_starts_in_memory_are_those_of_layer_by_layer(made_of, model, tmp_path, short_text):
     """Training that changes nothing leaves the adapters where they started."""
-    streamed = compress(model, tmp_path / "streamed", STARTED, short_text)
+    streamed = made_of(STARTED)
     trained = STARTED.replace("[", "[steps=1,validations=0,batch_size=2,learning_rate=1e-30,", 1)
     whole = compress(model, tmp_path / "whole", trained, short_text)
     weights = lambda made: {n: b for n, b in files(made.artifact).items() if n.endswith(".safetensors")}
@@ -125,18 +150,18 @@ def test_starts_in_memory_are_those_of_layer_by_layer(model, tmp_path, short_tex
 
 
 MERGED = ["bits=[3],group_size=16", "bits=[2,4],group_size=16,symmetric=true,salient=2,allocation=mutual-information"]
-MERGED = [f"gptq[{each},{QUICK},steps=2,batch_size=2,adapter_rank=4" for each in MERGED]
+MERGED = [f"gptq[{each},{QUICK},steps=2,batch_size=2,adapter_rank=4,loftq_iterations=1" for each in MERGED]
 
 
 @pytest.mark.parametrize("recipe", MERGED, ids=["alike", "mixed"])
-def test_the_better_of_merged_and_beside_ships(model, tmp_path, short_text, recipe):
+def test_the_better_of_merged_and_beside_ships(made_of, model, tmp_path, short_text, recipe):
     made = compress(model, tmp_path / "out", f"{recipe},adapters=best]", short_text)
     found, plan = made.facts.recovery, Plan.read(made.artifact / "plan.json")
     assert plan == Plan.read(tmp_path / "out.run/plan.json")
     assert plan.adapters == found.ships == ("merged" if found.loss_merged <= found.loss_after else "beside")
     assert (made.artifact / "adapter").exists() == (found.ships == "beside")
     for how in ("merged", "beside") if recipe == MERGED[0] else (found.ships,):
-        one = compress(model, tmp_path / how, f"{recipe},adapters={how}]", short_text)
+        one = made_of(f"{recipe},adapters={how}]")
         assert one.facts.sizes.predicted == one.facts.sizes.on_disk <= one.facts.sizes.asked
         alike = Plan.read(one.artifact / "plan.json").specs == plan.specs  # merged adapters leave more room for bits
         assert alike or how == "merged"
@@ -145,23 +170,23 @@ def test_the_better_of_merged_and_beside_ships(model, tmp_path, short_text, reci
             assert all(files(one.artifact)[n] == files(made.artifact)[n] for n in same)
 
 
-def test_a_merge_is_rounded_with_feedback_and_goes_on_where_it_was(model, tmp_path, short_text):
-    made = compress(model, tmp_path / "out", f"{MERGED[0]},adapters=merged]", short_text)
-    stored, before = load_file(made.artifact / "model.safetensors"), found_in(tmp_path / "out.run")
+def test_a_merge_is_rounded_with_feedback_and_goes_on_where_it_was(made_of, model, tmp_path, short_text):
+    merged = made_of(f"{MERGED[0]},adapters=merged]")
+    out = copied(merged, tmp_path)
+    stored, before = load_file(out / "model.safetensors"), found_in(tmp_path / "out.run")
     again = tmp_path / "out.run/measurements/merging"
     found = {n: t for path in again.glob("*.safetensors") for n, t in load_file(path).items()}
     codes = [name for name in found if name.endswith(".codes")]
     assert len(codes) == 21 and all(torch.equal(stored[name], found[name]) for name in found)
     assert any(not torch.equal(before[name], found[name]) for name in codes)
-    first = files(made.artifact)
-    shutil.rmtree(made.artifact)
+    first = files(out)
+    shutil.rmtree(out)
     assert files(compress(model, tmp_path / "out", f"{MERGED[0]},adapters=merged]", short_text).artifact) == first
 
 
-def test_other_settings_in_the_same_run_folder_are_another_result(model, tmp_path, short_text):
-    first = compress(model, tmp_path / "out", GPTAQ, short_text)
-    before = files(first.artifact)
-    shutil.rmtree(first.artifact)
+def test_other_settings_in_the_same_run_folder_are_another_result(made_of, model, tmp_path, short_text):
+    before = files(made_of(GPTAQ).artifact)
+    shutil.rmtree(copied(made_of(GPTAQ), tmp_path))
     again = compress(model, tmp_path / "out", GPTAQ.replace("gptaq[", "gptaq[propagation=false,"), short_text)
     assert before != files(again.artifact)
     new = compress(model, tmp_path / "new", GPTAQ.replace("gptaq[", "gptaq[propagation=false,"), short_text)
@@ -201,10 +226,9 @@ def test_codes_are_learned_from_predictions_and_ship(model, tmp_path, short_text
     assert changed == (tuned["after"] < tuned["before"]) and len(tuned["curve"]) == 6
 
 
-def test_codes_are_learned_layer_by_layer(model, tmp_path, short_text, one_layer_at_a_time, monkeypatch):
+def test_codes_are_learned_layer_by_layer(made_of, model, tmp_path, short_text, one_layer_at_a_time, monkeypatch):
     monkeypatch.setattr(tune.Tuned, "helped", property(lambda tuned: True))  # on so little text it may not
     recipe = GPTAQ.replace("gptaq[", "gptaq[layer_steps=40,")
     compress(model, tmp_path / "tuned", recipe, short_text)
-    compress(model, tmp_path / "plain", GPTAQ, short_text)
-    tuned, plain = found_in(tmp_path / "tuned.run"), found_in(tmp_path / "plain.run")
+    tuned, plain = found_in(tmp_path / "tuned.run"), found_in(run_of(made_of(GPTAQ)))
     assert tuned.keys() == plain.keys() and any(not torch.equal(tuned[name], plain[name]) for name in plain)

@@ -1,6 +1,7 @@
 """Changes of basis and scale as part of the main job: nothing but the rounding is different."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -43,6 +44,17 @@ def compress(model, out, recipe, short_text, budget="90%") -> api.Result:
     return api.compress(str(model), budget, out, recipe=recipe, measure_speed=False, calibration=short_text)
 
 
+@pytest.fixture(scope="module")
+def made_of(neox, tmp_path_factory, short_text):
+    """What a recipe gives with nothing else asked for, each made once; nobody writes into it."""
+
+    @functools.cache
+    def of(recipe: str) -> api.Result:
+        return compress(neox, tmp_path_factory.mktemp("made") / "out", recipe, short_text)
+
+    return of
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
@@ -63,8 +75,10 @@ def test_a_rotated_model_is_stock_and_predicts_as_before(neox, tmp_path, short_t
 
 
 @pytest.mark.parametrize("recipe", [PRUNED, RESCALED], ids=["rotated", "rescaled"])
-def test_all_of_it_in_one_layer_at_a_time_ends_in_the_same_bytes(neox, tmp_path, short_text, monkeypatch, recipe):
-    whole = compress(neox, tmp_path / "whole", recipe, short_text)
+def test_all_of_it_in_one_layer_at_a_time_ends_in_the_same_bytes(
+    made_of, neox, tmp_path, short_text, monkeypatch, recipe
+):
+    whole = made_of(recipe)
     fitting = prepare.forecast_for
     monkeypatch.setattr(prepare, "forecast_for", lambda *args: dataclasses.replace(fitting(*args), resident=False))
     streamed = compress(neox, tmp_path / "streamed", recipe, short_text)
@@ -72,18 +86,18 @@ def test_all_of_it_in_one_layer_at_a_time_ends_in_the_same_bytes(neox, tmp_path,
 
 
 @pytest.mark.parametrize("recipe", [RESCALED, TRAINED], ids=["rotated too", "adapters beside"])
-def test_rescaled_norms_and_biases_ship_with_the_codes(neox, tmp_path, short_text, recipe):
-    made = compress(neox, tmp_path / "out", recipe, short_text)
-    stored, folder = load_file(made.artifact / "model.safetensors"), tmp_path / "out.run/measurements/rounding"
+def test_rescaled_norms_and_biases_ship_with_the_codes(made_of, recipe):
+    made = made_of(recipe)
+    stored = load_file(made.artifact / "model.safetensors")
+    folder = made.artifact.with_name("out.run") / "measurements/rounding"
     found = {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
     assert any("layernorm.weight" in name for name in found) and any(name.endswith("dense.codes") for name in found)
     assert all(torch.equal(stored[name], tensor) for name, tensor in found.items())
     assert made.facts.sizes.predicted == made.facts.sizes.on_disk
 
 
-def test_another_transform_in_the_same_run_folder_is_another_result(neox, tmp_path, short_text):
-    first = compress(neox, tmp_path / "out", PRUNED, short_text)
-    shutil.rmtree(first.artifact)
+def test_another_transform_in_the_same_run_folder_is_another_result(made_of, neox, tmp_path, short_text):
+    shutil.copytree(made_of(PRUNED).artifact.with_name("out.run"), tmp_path / "out.run")
     plain = PRUNED.replace(",transforms=[rotate]", "")
     again, new = (compress(neox, tmp_path / name, plain, short_text) for name in ("out", "new"))
     assert files(again.artifact) == files(new.artifact)

@@ -17,6 +17,7 @@ from qpruner.errors import ModelError
 from qpruner.model.graph import LinearSite
 
 LARGE = 2**22  # elements; buffers are smaller, but for masks, which are not made by torch.empty
+INITIALIZERS = ("torch.nn.init", "transformers.initialization")  # whose functions change their tensor in place
 
 
 def build_skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> nn.Module:
@@ -28,18 +29,25 @@ def build_skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False)
     from transformers import AutoModelForCausalLM  # its import registers our loader, which imports this module
 
     try:
-        with init_empty_weights(include_buffers=False), LargeOnMeta():
+        with init_empty_weights(include_buffers=False), WithoutWeights():
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise ModelError(f"{config.model_type!r} cannot be built as a causal language model: {error}") from error
     return model.eval()
 
 
-class LargeOnMeta(TorchFunctionMode):
-    """Never allocates a large parameter, not even for a moment: a stack of experts may not fit in memory."""
+class WithoutWeights(TorchFunctionMode):
+    """Never allocates a large parameter, not even for a moment: a stack of experts may not fit in memory.
+
+    Nor are values drawn for what has none: torch goes through such a draw in Python, which took two thirds of the time.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if getattr(func, "__module__", None) in INITIALIZERS:
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
         if func is torch.empty and "device" not in kwargs and "size" not in kwargs:
             shape = args[0] if len(args) == 1 and not isinstance(args[0], int) else args
             if prod(shape) > LARGE:

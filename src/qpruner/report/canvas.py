@@ -53,9 +53,21 @@ def require_plotly():
 def blank_figure(height: int, rows: int = 1, cols: int = 1, **subplots) -> "Figure":
     plotly = require_plotly()
     figure = plotly.subplots.make_subplots(rows=rows, cols=cols, **subplots)
-    figure.update_annotations(font=dict(color=MUTED, size=12), **(dict(x=0, xanchor="left") if cols == 1 else {}))
+    title = dict(font=dict(color=MUTED, size=12))
+    left = dict(x=0, xanchor="left") if cols == 1 else {}
+    axis = dict(
+        gridcolor=RULE, linecolor=FAINT, zerolinecolor=FAINT, ticks="", tickfont=dict(color=MUTED), automargin=True,
+        title=title,
+    )  # fmt: skip
     above = (26 if subplots.get("subplot_titles") else 6) / (height - 100)  # the legend stands over a panel's title
-    figure.update_layout(
+    layout = figure.layout.to_plotly_json()  # changed as a dictionary: plotly's updates of it take thrice the time
+    for name, given in layout.items():
+        if name.startswith("xaxis"):
+            layout[name] = given | axis | dict(zeroline=False)
+        elif name.startswith("yaxis"):
+            layout[name] = given | axis
+    layout["annotations"] = [note | title | left for note in layout.get("annotations", ())]
+    figure.layout = layout | dict(
         template=plotly.graph_objects.layout.Template(),
         height=height,
         autosize=True,
@@ -74,11 +86,6 @@ def blank_figure(height: int, rows: int = 1, cols: int = 1, **subplots) -> "Figu
         hoverlabel=dict(bgcolor=RULE, bordercolor=MUTED, font=dict(color=INK)),
         bargap=0.3,
     )
-    axis = dict(
-        gridcolor=RULE, linecolor=FAINT, zerolinecolor=FAINT, ticks="", tickfont=dict(color=MUTED), automargin=True
-    )
-    figure.update_xaxes(**axis, zeroline=False, title_font=dict(color=MUTED, size=12))
-    figure.update_yaxes(**axis, title_font=dict(color=MUTED, size=12))
     return figure
 
 
