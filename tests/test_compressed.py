@@ -52,7 +52,7 @@ def in_process(monkeypatch):
     compressor = BaseCompressor.get_value_from_registry("pack-quantized")
     monkeypatch.setattr(compressor, "compress", compressor.compress)  # to be put back if it is corrected
 
-    def ask(folder, tokens, *, dtypes, adapter=None, code=False):
+    def ask(folder, tokens, *, dtypes, adapter=None, own=False, code=False):
         found, corrected = {}, False
         for name in dtypes:
             dtype = getattr(torch, name)
@@ -128,6 +128,13 @@ def test_expressions_match_the_names_they_stand_for_and_no_others():
         assert [name for name in NAMES if any(matches(name, target) for target in found)] == some
     layers = [name for name in NAMES if name.endswith("mlp.up_proj") and not name.startswith("other")]
     assert schemes.targets(layers, NAMES) == [r"re:^model\.layers\.\d+\.mlp\.up_proj$"]
+
+
+def test_expressions_still_match_where_the_decoder_is_called_model():
+    """vLLM's transformers backend renames it in paths, and leaves expressions as they are."""
+    (found,) = schemes.targets(["transformer.h.1.mlp.c_fc"], ["transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc"])
+    there = ("transformer.h.1.mlp.c_fc", "model.h.1.mlp.c_fc", "model.h.0.mlp.c_fc", "other.h.1.mlp.c_fc")
+    assert [matches(name, found) for name in there] == [True, True, False, False]
 
 
 def test_the_library_matches_them_as_we_do():

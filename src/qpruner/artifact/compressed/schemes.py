@@ -123,8 +123,16 @@ def targets(names: Sequence[str], linears: Sequence[str]) -> list[str]:
         which = r"\d+" if whole else _one_of(sorted(numbers, key=int))
         parent = _common_parent(suffixes)
         last = _one_of([re.escape(suffix[len(parent) :]) for suffix in suffixes])
-        found.append(f"re:^{re.escape(prefix)}{which}{re.escape(parent)}{last}$")
+        found.append(f"re:^{_under_model(prefix)}{which}{re.escape(parent)}{last}$")
     return found
+
+
+def _under_model(prefix: str) -> str:
+    """The same where vLLM's transformers backend has called the decoder `model`: it renames paths, not expressions."""
+    first, dot, rest = prefix.partition(".")
+    if first == "model" or not rest:
+        return re.escape(prefix)
+    return f"({re.escape(first)}|model){re.escape(dot + rest)}"
 
 
 def _numbers_of(names: Iterable[str]) -> dict[tuple[str | None, str], list[str]]:
