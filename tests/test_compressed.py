@@ -309,14 +309,15 @@ def test_places_that_are_taken_and_options_of_others_are_refused(tmp_path):
         exporting.export("pystdlib-5M", "gguf", tmp_path / "x.gguf", round_again=True)
 
 
-def test_the_package_is_asked_for_by_its_extra(tmp_path, monkeypatch):
+def test_the_package_is_asked_for_by_its_extra_where_something_lies_in_codes(tmp_path, monkeypatch):
+    artifact = artifact_of(folder_of("llama", tmp_path / "m"), tmp_path / "a", specs=(integer(4),))
     with monkeypatch.context() as patch:
         patch.setattr(compressed_tensors, "__version__", "0.17.1")
         with pytest.raises(MissingExtraError, match="0.17.1 puts codes into words in another way"):
-            export("pystdlib-5M", tmp_path / "no")
+            export(artifact, tmp_path / "no")
     monkeypatch.setitem(sys.modules, "compressed_tensors", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'qpruner\[vllm-format\]'"):
-        export("pystdlib-5M", tmp_path / "no")
+        export(artifact, tmp_path / "no")
 
 
 def test_without_memory_for_the_whole_the_folder_is_read_back_layer_by_layer(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from qpruner.body import Body
 from qpruner.errors import ModelError, listed
 from qpruner.plan import DENSE
 from qpruner.targets import refused, rules_of
-from qpruner.vllm import serve_options
+from qpruner.vllm import OWN_LINEARS, serve_options
 
 LOAD = "AutoModelForCausalLM.from_pretrained({name!r}{options})"
 PYTHON = 'python -c "{imports}from transformers import AutoModelForCausalLM; ' + LOAD + '"'
@@ -113,6 +113,8 @@ def _vllm(body: Body, name: str) -> Loads:
         said.append(f"{listed(body.embeddings)} lies in codes, which vLLM wants at 16 bits.")
     if not body.holds_as_stock and (reason := body.why_no_code()):
         said.append(reason)
+    if _strange(body):
+        said.append(f"{OWN_LINEARS[0].upper()}{OWN_LINEARS[1:]}")
     if said:
         return Loads(target, False, " ".join(said))
     options = serve_options(body.as_stock.to_dict()) if body.as_stock else ("--trust-remote-code",)
@@ -141,12 +143,16 @@ def _compressed_tensors(body: Body, name: str) -> Loads:
     export = f"qpruner export {name} --to compressed-tensors"
     if said := refused_codes(body.specs):
         return Loads(target, False, f"{said}; they can be rounded once more.", f"{export} --round-again")
-    strange = out_of_reach(body.original, (linear for linear, (spec, _) in body.specs.items() if spec != DENSE))
-    if body.holds_as_stock and not strange:
+    if body.holds_as_stock and not _strange(body):
         where = ""
     else:
         where = ", and qpruner imported" if body.why_no_code() else ", by code in the folder or qpruner imported"
     return Loads(target, False, f"exported in its format, with compressed-tensors installed{where}.", export)
+
+
+def _strange(body: Body) -> list[str]:
+    """Linears that are to lie in codes, and multiply in a way of their own."""
+    return out_of_reach(body.original, (linear for linear, (spec, _) in body.specs.items() if spec != DENSE))
 
 
 def _deci(body: Body, name: str) -> Loads:

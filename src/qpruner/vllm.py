@@ -34,6 +34,7 @@ DERIVING = (
     "BloomForCausalLM", "FalconForCausalLM", "GPT2LMHeadModel", "GPTJForCausalLM", "OlmoeForCausalLM", "OPTForCausalLM",
     "Qwen2ForCausalLM", "Qwen2MoeForCausalLM", "StableLmForCausalLM",
 )  # fmt: skip
+OWN_LINEARS = "it puts codes into nn.Linear alone, and linears here are of the original's own class; serve 16 bits."
 WIDTHS = range(2, 9)
 SMALLEST_GROUP = 16
 FUSED = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
@@ -115,6 +116,8 @@ def vllm_verdict(model: Path | Mapping[str, Any], *, sizes: Sequence[int] = TENS
             return [*found, Verdict("codes", False, f"{quantization.get('quant_method')!r} is not judged here.")]
         stored = schemes_of(quantization)
         found += [_codes(stored), _fused(quantization, layers)]
+        if config.get("own_linears"):
+            found.append(Verdict("linears", False, OWN_LINEARS))
     divides = tensor_parallel(config, sizes)
     good = [str(size) for size, reasons in divides.items() if not reasons]
     bad = "".join(f"; {size} does not: {reasons[0]}" for size, reasons in divides.items() if reasons)
