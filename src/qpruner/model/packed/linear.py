@@ -104,10 +104,21 @@ class PackedLinear(nn.Linear):
         other._non_persistent_buffers_set = set(self._buffers)
         return other
 
+    def as_parameters_(self) -> None:
+        """What is stored as frozen parameters, in the order that is stored, for code that shares out parameters alone.
+
+        Nothing knows any more that scales keep their dtype: not to be converted.
+        """
+        self.restore_()
+        self.shares = True  # they stay in that order
+        for name in [name for name, tensor in self._buffers.items() if tensor is not None]:
+            self._parameters[name] = nn.Parameter(self._buffers.pop(name), requires_grad=False)
+
     @property
     def weight(self) -> Tensor:
         """The stored bytes, flat."""
-        return self._buffers["codes"].view(torch.uint8).flatten()
+        codes = self._buffers["codes"] if "codes" in self._buffers else self._parameters["codes"]
+        return codes.view(torch.uint8).flatten()
 
     def arranged(self, make: bool = False) -> Arranged | None:
         """The order of torch's 4-bit product: if the buffers are in it, or, to make, if the spec and the shape fit."""
