@@ -42,7 +42,6 @@ def main(folder: Path, *changes: str) -> None:
     torch.set_num_threads(1)
     recover.fast_bfloat16 = lambda device: False
     rank = int(os.environ.get("RANK", "0"))
-    watch_sharing()
     from tiny import tiny
     from tiny_stream import streamed
 
@@ -62,4 +61,5 @@ def main(folder: Path, *changes: str) -> None:
 
 
 if __name__ == "__main__":
+    watch_sharing()
     main(Path(sys.argv[1]), *sys.argv[2:])

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from qpruner.errors import RecipeError
+from qpruner.model.packed.embedding import PackedEmbedding
 from qpruner.model.packed.linear import PackedLinear
 from qpruner.model.skeleton import decoder_layers
 
@@ -77,9 +78,7 @@ def shared_out(model: nn.Module, device: torch.device) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     twin = _twin(model, keep=get_rank() == 0)
-    for module in twin.modules():
-        if isinstance(module, PackedLinear) and not module.shares:
-            module.as_parameters_()
+    _as_parameters_(twin)
     mesh = init_device_mesh(device.type, (get_world_size(),))
     # What has no rows cannot be shared out.
     whole = {p for p in twin.parameters() if p.requires_grad or p.dim() == 0 or not p.numel()}
@@ -108,6 +107,18 @@ def _twin(model: nn.Module, *, keep: bool) -> nn.Module:
     return twin
 
 
+def _as_parameters_(twin: nn.Module) -> None:
+    """What packed linears and embeddings store, as parameters that heads share where they shared buffers."""
+    made: dict[int, dict[str, nn.Parameter]] = {}
+    for module in twin.modules():
+        packed = module.matrix if isinstance(module, PackedEmbedding) else module
+        if isinstance(packed, PackedLinear):
+            which = id(packed._buffers)
+            made[which] = packed.as_parameters_(made.get(which))
+        if packed is not module:  # the matrix is no part of the model, and nobody else would see what becomes of them
+            module._parameters = packed._parameters
+
+
 def averaging(twin: nn.Module) -> nn.Module:
     """The twin, wrapped so that gradients of what is trained are averaged over the processes."""
     trained = {name for name, p in twin.named_parameters() if p.requires_grad}
@@ -117,11 +128,18 @@ def averaging(twin: nn.Module) -> nn.Module:
     return ddp(twin, broadcast_buffers=False)
 
 
-def in_words() -> str:
-    """What is shared out, to be said before anything takes long."""
+def in_words() -> str | None:
+    """What several processes have of the model, to be said before anything takes long; None in one alone."""
     n = processes()
+    if n == 1:
+        return None
+    if not wanted():
+        return (
+            f"{n} processes share the training, and each has the whole model. For one that is larger than a device, "
+            "have them share it too: accelerate launch --use_fsdp."
+        )
     return (
-        f"{n} processes share the model (FSDP): each has 1/{n} of every dense and packed weight, and the whole of one "
-        "decoder layer while that runs. Embeddings and heads are whole during a step, those in codes always; so are "
-        "adapters and their optimizer. Every process reads the whole artifact into its host's memory first."
+        f"{n} processes share the training and the model (FSDP): each has 1/{n} of every weight, packed or not, and "
+        "the whole of a decoder layer while that runs. Embeddings and heads are whole during a step, adapters and "
+        "their optimizer always. Every process first reads the whole artifact into its host's memory."
     )
