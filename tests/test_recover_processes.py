@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 
 def launched(folder: Path, *changes: str, **says: str) -> list[dict]:
     """What both processes had in the end."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     # `accelerate launch --cpu` starts one process, unless there is an mpirun
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     source = str(HERE.parent / "src")
@@ -28,12 +28,18 @@ def launched(folder: Path, *changes: str, **says: str) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recover, "fast_bfloat16", recover.fast_bfloat16)  # put back what a process of its own changes
-        folder = tmp_path_factory.mktemp("one")
-        two_processes.main(folder)
+@pytest.fixture(autouse=True)
+def put_back(monkeypatch):
+    """What a process of its own changes."""
+    monkeypatch.setattr(recover, "fast_bfloat16", recover.fast_bfloat16)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """What one process has in the end."""
+    folder = tmp_path / "one"
+    folder.mkdir()
+    two_processes.main(folder)
     found = torch.load(folder / "0.pt")
     start = adapters_of(packed())
     assert all((found["adapters"][n] - start[n]).abs().max() > 1e-3 for n in start)  # there is something to compare
@@ -56,8 +62,12 @@ def test_two_processes_learn_what_one_does(alone, tmp_path):
     assert all(each["left"] == alone["left"] for each in found)
 
 
-@pytest.mark.parametrize("changes", [(), ("micro_batch=1", "gradient_checkpointing=true")], ids=["", "recomputed"])
-def test_processes_that_share_the_model_have_half_of_it_each_and_learn_the_same(alone, tmp_path, changes):
+def test_processes_that_share_the_model_have_half_of_it_each_and_learn_the_same(alone, tmp_path):
+    changes = ("micro_batch=1", "gradient_checkpointing=true")
+    (tmp_path / "two").mkdir()
+    with pytest.raises(KeyboardInterrupt):  # begun by one, which has the whole model
+        two_processes.main(tmp_path / "two", *changes, last=3)
+    assert list((tmp_path / "two" / "passes").glob("*/checkpoint-2"))
     found = launched(tmp_path / "two", *changes, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
     same(tmp_path / "two", found, alone)
     here, in_all = zip(*(each["shared"]["bytes"] for each in found), strict=True)

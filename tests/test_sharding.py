@@ -102,7 +102,7 @@ def test_sharing_is_wanted_where_the_launcher_says_so(monkeypatch):
     launched(monkeypatch, 1, ACCELERATE_USE_FSDP="true")
     assert not sharding.wanted() and sharding.in_words() is None  # there is nobody to share with
     launched(monkeypatch, 3, ACCELERATE_USE_FSDP="true", FSDP_OFFLOAD_PARAMS="false")
-    assert sharding.wanted() and "3 processes share the training and the model" in sharding.in_words() and "1/3" in sharding.in_words()
+    assert sharding.wanted() and "the model (FSDP): each has 1/3 of every weight" in sharding.in_words()
 
 
 def test_what_a_launcher_asks_in_vain_is_refused(monkeypatch):

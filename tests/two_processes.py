@@ -37,13 +37,17 @@ def watch_sharing() -> None:
     sharding.shared_out = watched
 
 
-def main(folder: Path, *changes: str) -> None:
-    """changes: settings of the recovery, as name=value."""
+def main(folder: Path, *changes: str, last: int | None = None) -> None:
+    """changes: settings of the recovery, as name=value. last: a step that is not survived."""
     torch.set_num_threads(1)
     recover.fast_bfloat16 = lambda device: False
     rank = int(os.environ.get("RANK", "0"))
     from tiny import tiny
     from tiny_stream import streamed
+
+    def on_step(done, total, loss):
+        if done == last:
+            raise KeyboardInterrupt
 
     model, plan = packed(with_plan=True)
     settings = dict(loss="distillation", steps=6, block_weight=0.3, validations=3, learning_rate=0.002)
@@ -53,7 +57,7 @@ def main(folder: Path, *changes: str) -> None:
         found = recovered(
             run, model, plan, training=examples(), validation=examples(5, seed=1), teacher_inputs={}, inputs={},
             teacher=lambda: streamed(tiny("llama", dtype=torch.float32)), dtype=torch.float32,
-            passes=folder / "passes", progress=lambda name: lambda *done: None,
+            passes=folder / "passes", progress=lambda name: on_step if name == "recovery" else lambda *done: None,
         )  # fmt: skip
     left = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.requires_grad)
     told = {"found": (found.curve, found.validation), "adapters": adapters_of(model), "shared": SHARED, "left": left}

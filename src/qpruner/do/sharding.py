@@ -125,7 +125,7 @@ def averaging(twin: nn.Module) -> nn.Module:
     others = [n for n, _ in (*twin.named_parameters(), *twin.named_buffers()) if n not in trained]
     ddp = nn.parallel.DistributedDataParallel
     ddp._set_params_and_buffers_to_ignore_for_model(twin, others)
-    return ddp(twin, broadcast_buffers=False)
+    return ddp(twin)
 
 
 def in_words() -> str | None:
