@@ -197,7 +197,8 @@ def stock_or_filled(row: Loads, command: str) -> Answer:
 
 def in_codes(row: Loads, command: str) -> Answer:
     found = stock_or_named(row, command)
-    return found if found.why_not else Answer(how="with qpruner" if "qpruner imported" in row.sentence else "")
+    ways = {"by code in the folder": "by code", "qpruner imported": "with qpruner", "": ""}
+    return found if found.why_not else Answer(how=next(how for said, how in ways.items() if said in row.sentence))
 
 
 def in_architecture(row: Loads, command: str) -> Answer:
@@ -226,6 +227,7 @@ TARGETS = (
     Target("`--to hf --padded`", "transformers alone", stock_or_filled, "hf", ("padded",)),
     Target("`--to hf --with-code`", "transformers with remote code", if_named, "hf", ("with_code",)),
     Target("`--to compressed-tensors`", "transformers with compressed-tensors", in_codes, "compressed-tensors"),
+    Target("`--to deci`", "vLLM's DeciLM", if_named, "deci"),
     Target("`--to gguf`", "llama.cpp", in_architecture, "gguf"),
 )
 
@@ -253,7 +255,7 @@ def done(artifact: Path, target: Target, folder: Path) -> tuple[Answer, bool]:
     if target.to == "gguf":
         return Answer(how=made.written.architecture), False
     if target.to == "compressed-tensors":
-        return Answer(how="" if made.written.stock else "with qpruner"), False
+        return Answer(how="by code" if made.written.code else "with qpruner" if made.written.own else ""), False
     return Answer(), False
 
 

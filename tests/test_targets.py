@@ -5,8 +5,10 @@ import re
 
 import pytest
 
+from qpruner import recipe
+from qpruner.errors import RecipeError
 from qpruner.plan import DENSE, INT8, NF4, QuantSpec
-from qpruner.targets import LayerWidths, refused, rules_of
+from qpruner.targets import LayerWidths, held, refused, rules_of
 
 LLAMA = {"model_type": "llama", "hidden_act": "silu", "rope_parameters": {"rope_type": "llama3"}}
 QWEN3 = {"model_type": "qwen3", "hidden_act": "silu", "layer_types": ["full_attention"] * 2}
@@ -132,6 +134,30 @@ def match_or_none():
 
 
 SPECS = [integer(*each) for each in itertools.product((2, 3, 4, 5, 6, 8), (None, 32, 64, 128, 48))] + [NF4, DENSE]
+
+
+@pytest.mark.parametrize("target", ["transformers", "vllm", "deci", "gguf", "any"])
+def test_what_a_target_does_not_store_becomes_what_it_does_of_as_many_bits(target):
+    odd = QuantSpec(bits=4, grid="integer", group_size=16, scale_bits=4, symmetric=False)
+    eight = QuantSpec(bits=8, grid="integer", group_size=16, symmetric=False)
+    offered = (NF4, odd, eight, QuantSpec(bits=2, grid="integer", group_size=64), DENSE)
+    found = held(target, offered)
+    rules = rules_of(target, LLAMA, tied=False)
+    assert all(map(rules.accepts, found)) and DENSE in found
+    assert found == tuple(spec for spec in offered if rules.accepts(spec)) or target != "transformers"
+    if target in ("vllm", "deci", "any"):
+        of = lambda bits, group_size, symmetric: QuantSpec(
+            bits=bits, grid="integer", group_size=group_size, symmetric=symmetric
+        )
+        assert found == (of(4, 64, True), of(4, 32, False), of(8, 32, True), DENSE)  # and nothing of two bits
+
+
+def test_a_target_is_for_a_joint_search_that_has_formats_for_it():
+    assert {spec.bits for spec in recipe.load("auto[target=vllm]").formats()} == {4, 8}
+    with pytest.raises(RecipeError, match="target bounds a joint search, and allocation bayesian is none"):
+        recipe.load("qpruner[target=vllm]")
+    with pytest.raises(RecipeError, match="target vllm has no format of 2 or 3 bits"):
+        recipe.load("auto[target=vllm,bits=[2,3]]")
 
 
 @pytest.mark.parametrize("offered", [SPECS, [integer(4), DENSE], [integer(4, 128)], [integer(2)], [NF4], []])

@@ -80,11 +80,16 @@ class Body:
         return bool(self.embeddings) or any(spec.bits < 16 for spec, _ in self.specs.values())
 
     @cached_property
-    def holds_as_stock(self) -> bool:
-        """Whether the class as it is holds it, once it has 16 bits and adapters are merged."""
+    def as_stock(self) -> PreTrainedConfig | None:
+        """Configuration under which the class as it is holds it, once it has 16 bits and adapters are merged."""
         if self.plan is None:
-            return True
-        return stock_form(self.config, self.graph, self.plan, code=self.code == "its own") is not None
+            return self.config
+        found = stock_form(self.config, self.graph, self.plan, code=self.code == "its own")
+        return found and found[0]
+
+    @property
+    def holds_as_stock(self) -> bool:
+        return self.as_stock is not None
 
     @property
     def stock(self) -> bool:

@@ -13,12 +13,13 @@ from qpruner.body import Body
 from qpruner.errors import ModelError, listed
 from qpruner.plan import DENSE
 from qpruner.targets import refused, rules_of
+from qpruner.vllm import serve_options
 
 LOAD = "AutoModelForCausalLM.from_pretrained({name!r}{options})"
 PYTHON = 'python -c "{imports}from transformers import AutoModelForCausalLM; ' + LOAD + '"'
 TARGETS = (
     "transformers with qpruner", "transformers alone", "transformers with remote code", "vLLM", "llama.cpp",
-    "transformers with compressed-tensors",
+    "transformers with compressed-tensors", "vLLM's DeciLM",
 )  # fmt: skip
 
 
@@ -49,7 +50,7 @@ def loading(body: Body, name: str) -> tuple[Loads, ...]:
 
 def loads_in(target: str, body: Body, name: str) -> Loads:
     """Whether a folder of this name would load in one of `TARGETS`."""
-    places = (_with_us, _alone, _remote, _vllm, _llama_cpp, _compressed_tensors)
+    places = (_with_us, _alone, _remote, _vllm, _llama_cpp, _compressed_tensors, _deci)
     return dict(zip(TARGETS, places, strict=True))[target](body, name)
 
 
@@ -103,16 +104,21 @@ def _remote(body: Body, name: str) -> Loads:
 
 def _vllm(body: Body, name: str) -> Loads:
     target, config = TARGETS[3], body.config.to_dict()
+    served = lambda folder, options: " ".join(("vllm serve", folder, *options))
     if body.stock:
-        return Loads(target, True, "a stock model of 16 bits (not run here).", f"vllm serve {name}")
+        return Loads(target, True, "a stock model of 16 bits.", served(name, serve_options(config)))
     rules = rules_of("vllm", config, tied=bool(config.get("tie_word_embeddings")))
     said = refused(rules, body.widths, body.specs)
     if body.embeddings:
         said.append(f"{listed(body.embeddings)} lies in codes, which vLLM wants at 16 bits.")
+    if not body.holds_as_stock and (reason := body.why_no_code()):
+        said.append(reason)
     if said:
         return Loads(target, False, " ".join(said))
-    export = f"qpruner export {name} --to compressed-tensors -o {name}-vllm && vllm serve {name}-vllm"
-    return Loads(target, False, "exported as compressed-tensors its rules are kept (not run here).", export)
+    options = serve_options(body.as_stock.to_dict()) if body.as_stock else ("--trust-remote-code",)
+    by = "." if body.holds_as_stock else ", with code that builds layers of their own widths."
+    export = f"qpruner export {name} --to compressed-tensors -o {name}-vllm && {served(f'{name}-vllm', options)}"
+    return Loads(target, False, f"exported as compressed-tensors its rules are kept{by}", export)
 
 
 def _llama_cpp(body: Body, name: str) -> Loads:
@@ -136,5 +142,24 @@ def _compressed_tensors(body: Body, name: str) -> Loads:
     if said := refused_codes(body.specs):
         return Loads(target, False, f"{said}; they can be rounded once more.", f"{export} --round-again")
     strange = out_of_reach(body.original, (linear for linear, (spec, _) in body.specs.items() if spec != DENSE))
-    where = "" if body.holds_as_stock and not strange else ", and qpruner imported"
+    if body.holds_as_stock and not strange:
+        where = ""
+    else:
+        where = ", and qpruner imported" if body.why_no_code() else ", by code in the folder or qpruner imported"
     return Loads(target, False, f"exported in its format, with compressed-tensors installed{where}.", export)
+
+
+def _deci(body: Body, name: str) -> Loads:
+    target, config = TARGETS[6], body.config.to_dict()
+    if body.code == "its own":
+        return Loads(target, False, "the original brought code of its own.")
+    try:
+        rules = rules_of("deci", config, tied=bool(config.get("tie_word_embeddings")))
+    except ModelError as error:
+        return Loads(target, False, str(error))
+    if said := refused(rules, body.widths, {}):
+        return Loads(target, False, " ".join(said))
+    export = f"qpruner export {name} --to deci"
+    if said := refused_codes(body.specs):
+        return Loads(target, False, f"{said}; they can be rounded once more.", f"{export} --round-again")
+    return Loads(target, False, "exported in its form, which transformers takes too, by code in the folder.", export)

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from qpruner.errors import RecipeError, listed
 from qpruner.plan import GRIDS, Format, QuantSpec, Recovery, Rounding, Value
+from qpruner.targets import Target, held
 
 Score = Literal[
     "vector", "element-first", "element-second", "element-mixed", "coarse", "hybrid", "wanda-sp", "flap",
@@ -173,7 +174,7 @@ class Recipe(Value):
     width_choices: int = Field(default=8, ge=1)
     drop_layers: bool = True
     pack_embeddings: bool = True
-    target: Literal["transformers", "vllm", "deci", "gguf", "any"] = "transformers"
+    target: Target = "transformers"
     gate_steps: int = Field(default=0, ge=0)
     gates: Literal["table", "hypernetwork"] = "table"
     trials_at_once: int = Field(default=4, ge=1)
@@ -237,6 +238,14 @@ class Recipe(Value):
             raise ValueError("allocation joint does not round inputs in its trials: activation_bits has to be 16")
         if self.allocation == "joint" and (self.fit_by == "depth" or self.layers_kept < 1 or self.scope == "global"):
             raise ValueError("allocation joint chooses widths and layers itself: leave fit_by, layers_kept, scope out")
+        if self.target != "transformers" and self.allocation != "joint":
+            raise ValueError(
+                f"target bounds a joint search, and allocation {self.allocation} is none: take allocation joint, as "
+                "recipe auto does, or leave target out; `qpruner inspect` says before a run what its result loads in"
+            )
+        if self.allocation == "joint" and not self.formats():
+            bits = " or ".join(map(str, self.bits))
+            raise ValueError(f"target {self.target} has no format of {bits} bits; all targets have some of 4 and 8")
         if "rotate" in self.transforms and "residual" in self.units:
             raise ValueError("rotate turns the hidden states as a whole: leave residual out of units")
         if not self.units or len(set(self.units)) < len(self.units):
@@ -281,13 +290,14 @@ class Recipe(Value):
         return how.model_copy(update={"salient": 0, "activation_bits": 16}).spec(self.embedding_bits)
 
     def formats(self) -> tuple[QuantSpec, ...]:
-        """How a joint search may store a linear: every bits, with every group size and number of salient channels."""
+        """How a joint search may store a linear: every bits, with every group size and number of salient channels, each
+        as the target holds it."""
         found: dict[QuantSpec, None] = {}
         for group_size in (self.group_size, *self.group_sizes):
             for salient in (self.salient, *self.salients):
                 like = self.model_copy(update={"group_size": group_size, "salient": salient})
                 found |= {like.spec(bits): None for bits in self.bits}
-        return tuple(found)
+        return held(self.target, found)
 
     def rounds(self) -> Rounding:
         fields = {key: getattr(self, key) for key in Rounding.model_fields if key != "method"}

@@ -11,7 +11,7 @@ and its sentence says so.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -114,6 +114,24 @@ def rules_of(target: Target, config: Mapping[str, Any], *, tied: bool, specs: Se
     if target == "gguf":
         return _gguf(config, tied, specs)
     return _both(_vllm(config, specs), _gguf(config, tied, specs))
+
+
+def held(target: Target, specs: Iterable[QuantSpec]) -> tuple[QuantSpec, ...]:
+    """The specs as a target stores them: as they are, or else as plain integers of as many bits, in groups of the next
+    size that it takes, symmetric where it knows no zero points; left out where it has none of so many bits."""
+    checks = [FORMATS[name] for name in FORMATS_OF[target]]
+    takes = lambda spec: spec == DENSE or all(check(spec, None) is None for check in checks)
+    found = (next(filter(takes, _kin(spec)), None) for spec in specs)
+    return tuple(dict.fromkeys(spec for spec in found if spec))
+
+
+def _kin(spec: QuantSpec) -> Iterator[QuantSpec]:
+    yield spec
+    if spec.bits in GGUF_BITS:
+        larger = [g for g in MARLIN_GROUPS if g and spec.group_size and g > spec.group_size]
+        for group_size in (spec.group_size, *larger):
+            for symmetric in dict.fromkeys((spec.symmetric, True)):
+                yield QuantSpec(bits=spec.bits, grid="integer", group_size=group_size, symmetric=symmetric)
 
 
 def refused(
@@ -324,4 +342,5 @@ def _plain_integers(spec: QuantSpec, where: str) -> str | None:
     return None
 
 
+FORMATS_OF = {"transformers": (), "vllm": ("vllm",), "deci": ("vllm",), "gguf": ("gguf",), "any": ("vllm", "gguf")}
 FORMATS = {"vllm": _pack_quantized, "gguf": _ggml}

@@ -1,7 +1,8 @@
-"""What vLLM 0.33 would say to a folder, from its configuration alone; vLLM itself is not asked.
+"""What vLLM would say to a folder, from its configuration alone; vLLM itself is not asked.
 
 Rules are read from the sources of vLLM 0.33.0 and of its dependencies compressed-tensors 0.17.0 and humming-kernels
-0.1.19. None was run: what they allow may still fail on a device.
+0.1.19. Folders were opened in vLLM 0.32.0 on a CPU (`qpruner export --vllm`): its classes, its transformers backend and
+how it reads codes of every width were run there; kernels of a GPU and several devices were not.
 """
 
 import json
@@ -23,9 +24,15 @@ OWN_TYPE = "qpruner"
 NATIVE = (
     "ApertusForCausalLM", "BloomForCausalLM", "CohereForCausalLM", "Cohere2ForCausalLM", "Ernie4_5ForCausalLM",
     "FalconForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Glm4ForCausalLM",
-    "GPTJForCausalLM", "GraniteForCausalLM", "LlamaForCausalLM", "Ministral3ForCausalLM", "MistralForCausalLM",
-    "MixtralForCausalLM", "NemotronForCausalLM", "OlmoeForCausalLM", "OPTForCausalLM", "Phi3ForCausalLM",
-    "Qwen2ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "StableLmForCausalLM",
+    "GPT2LMHeadModel", "GPTJForCausalLM", "GraniteForCausalLM", "LlamaForCausalLM", "Ministral3ForCausalLM",
+    "MistralForCausalLM", "MixtralForCausalLM", "NemotronForCausalLM", "OlmoeForCausalLM", "OPTForCausalLM",
+    "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM",
+    "StableLmForCausalLM",
+)  # fmt: skip
+# Of these the ones that derive the size of a head from that of the hidden states, whatever `head_dim` says.
+DERIVING = (
+    "BloomForCausalLM", "FalconForCausalLM", "GPT2LMHeadModel", "GPTJForCausalLM", "OlmoeForCausalLM", "OPTForCausalLM",
+    "Qwen2ForCausalLM", "Qwen2MoeForCausalLM", "StableLmForCausalLM",
 )  # fmt: skip
 WIDTHS = range(2, 9)
 SMALLEST_GROUP = 16
@@ -115,6 +122,18 @@ def vllm_verdict(model: Path | Mapping[str, Any], *, sizes: Sequence[int] = TENS
     return found
 
 
+def serve_options(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What `vllm serve` has to be told besides the folder."""
+    code = ("--trust-remote-code",) if "auto_map" in config else ()
+    return code + (("--model-impl", "transformers") if _misled(config) else ())
+
+
+def _misled(config: Mapping[str, Any]) -> bool:
+    """Whether vLLM's own class would take heads for as wide as they were before some went."""
+    name = next(iter(config.get("architectures") or ()), None)
+    return name in DERIVING and head_dim_of(config) * _stated(config, "heads") != _stated(config, "hidden")
+
+
 def tensor_parallel(config: Mapping[str, Any], sizes: Sequence[int] = TENSOR_PARALLEL) -> dict[int, list[str]]:
     """Size -> why the model cannot be shared out over so many devices; empty where it can."""
     head_dim, layers = head_dim_of(config), layers_of(config)
@@ -170,9 +189,15 @@ def _class(config: Mapping[str, Any], layers: Sequence[LayerWidths]) -> Verdict:
             "class", False, f"it has no class for {config.get('model_type')!r} with layers of their own widths; "
             "compress with one width for all layers, or export with code that builds them."
         )  # fmt: skip
+    if _misled(config):
+        derived = _stated(config, "hidden") // _stated(config, "heads")
+        return Verdict(
+            "class", True, f"{name} of its own takes heads for {derived} wide, and these are {head_dim_of(config)}; "
+            "its transformers backend does not (--model-impl transformers)."
+        )  # fmt: skip
     if name in NATIVE:
         return Verdict("class", True, f"it has {name} of its own.")
-    return Verdict("class", True, f"{name} goes through its transformers backend (not verified).")
+    return Verdict("class", True, f"{name} goes through its transformers backend.")
 
 
 def _attention(layers: Sequence[LayerWidths]) -> Verdict:

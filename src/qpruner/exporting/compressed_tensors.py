@@ -1,5 +1,6 @@
 """A finished model in compressed-tensors' format for vLLM and transformers, and the proof that it is the same there."""
 
+import json
 import time
 from dataclasses import asdict, dataclass
 from dataclasses import replace as changed
@@ -21,7 +22,7 @@ from qpruner.files import replacing
 from qpruner.model.cost import named_tensors, parameter_count
 from qpruner.model.load import Source
 from qpruner.progress import OnProgress
-from qpruner.vllm import Verdict, vllm_verdict
+from qpruner.vllm import Verdict, serve_options, vllm_verdict
 
 # Between transformers and torch on the same weights, both in float32: only the order of sums differs.
 MOST_OFF = 1e-3
@@ -36,7 +37,8 @@ class Exported:
 
     moved: logits of the folder's weights against the artifact's, both in torch, float32. loaded: logits of transformers
     in a fresh process against those of the folder's weights, float32; None where memory does not suffice. as_stored:
-    the same against the artifact, in the dtype that the folder says. vllm: what its rules say. served: what vLLM made
+    the same against the artifact, in the dtype that the folder says. vllm: what its rules say; serve_options: what it
+    has to be told. served: what vLLM made
     of it; None where it was not at hand.
     """
 
@@ -47,6 +49,7 @@ class Exported:
     corrected: bool
     versions: dict[str, str]
     vllm: tuple[Verdict, ...]
+    serve_options: tuple[str, ...]
     served: served.Served | None
     seconds: float
 
@@ -94,8 +97,8 @@ class Exported:
         if all(verdict.holds for verdict in self.vllm):
             rank = served.lora_rank(w.adapter_rank)
             lora = f" --enable-lora --max-lora-rank {rank} --lora-modules recovered={w.path / ADAPTER}"
-            code = " --trust-remote-code" if w.code else ""
-            said.append(f"serve it with: vllm serve {w.path}{code}{lora if w.adapter_rank else ''}")
+            serve = " ".join(("vllm serve", str(w.path), *self.serve_options))
+            said.append(f"serve it with: {serve}{lora if w.adapter_rank else ''}")
         return said
 
 
@@ -150,7 +153,8 @@ def to_compressed_tensors(
                     f"transformers computes something else from the exported folder ({loaded}). Nothing was written."
                 )
             as_stored = off(torch.from_numpy(answer.logits[written.dtype].copy()), ours)
-        verdicts = tuple(vllm_verdict(temporary))
+        config = json.loads((temporary / "config.json").read_text())
+        verdicts, options = tuple(vllm_verdict(config)), serve_options(config)
         there = None
         if python and all(verdict.holds for verdict in verdicts):
             on_progress("opening in vLLM", 0, 1)
@@ -161,7 +165,7 @@ def to_compressed_tensors(
         on_progress("comparing", 3, 3)
     return Exported(
         changed(written, path=path), moved, loaded, as_stored, answer.corrected, answer.versions, verdicts,
-        there, time.monotonic() - start,
+        options, there, time.monotonic() - start,
     )  # fmt: skip
 
 

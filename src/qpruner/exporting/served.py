@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -19,11 +18,13 @@ from qpruner.errors import ModelError, OutputError
 from qpruner.exporting import vllm_program
 from qpruner.exporting.comparing import Off, off
 from qpruner.model.adapters import read_adapters
+from qpruner.vllm import serve_options
 
 SECONDS = 1800
 # Of logits in float32 on the same weights: only the order of sums differs.
 MOST_OFF = 1e-3
 NO_KERNEL = "Failed to find a kernel"
+SAID = 600  # characters of what vLLM said that are handed on
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM accepts as --max-lora-rank
 
 
@@ -148,7 +149,9 @@ def ask(
     Raises:
         Refused: the folder does not load, or does not run.
     """
+    options = serve_options(json.loads((folder / "config.json").read_text()))
     request = dict(
+        model_impl="transformers" if "transformers" in options else "auto",
         folder=str(folder.absolute()), tokens=list(tokens), dtype=dtype, written_out=written_out, code=code, rank=rank,
         adapter=adapter and str(adapter.absolute()), threads=torch.get_num_threads(),
     )  # fmt: skip
@@ -162,16 +165,13 @@ def ask(
             [python, "-P", vllm_program.__file__, asked, answer], capture_output=True, timeout=SECONDS, check=False,
             env=environment, cwd=place,
         )  # fmt: skip
-        if done.returncode or not answer.is_file():
-            raise Refused(_reason(done.stderr.decode(errors="replace")) or f"it ended with status {done.returncode}")
+        if not answer.is_file():
+            said = done.stderr.decode(errors="replace").split("\n")
+            last = next((line for line in reversed(said) if line.strip()), "nothing")
+            raise Refused(f"it ended with status {done.returncode} and said: {last.strip()}")
         head, _, data = answer.read_bytes().partition(b"\n")
     found = json.loads(head)
+    if "refused" in found:
+        raise Refused(" ".join(found["refused"].split())[:SAID])
     logits = np.frombuffer(data, np.float32).reshape(found["shape"]).copy()
     return Answer(found["class"], logits, tuple(found["kernels"]), found["version"])
-
-
-def _reason(said: str) -> str:
-    """The last error of a traceback, with the lines that belong to it."""
-    lines = [re.sub(r"^\[rank\d+\]:\s?", "", line) for line in said.splitlines() if line.strip()]
-    last = next((i for i in reversed(range(len(lines))) if re.match(r"[\w.]*(Error|Exception)\b", lines[i])), None)
-    return "" if last is None else " ".join(line.strip() for line in lines[last:])[:600]

@@ -30,10 +30,13 @@ def main(request_path: str, answer_path: str) -> None:
     import vllm
 
     torch.set_num_threads(request["threads"])
-    model, kernels = started(request, torch, vllm)
-    found = np.concatenate(logits_of(model, request, vllm), dtype=np.float32)
-    with open(answer_path, "wb") as file:
+    try:
+        model, kernels = started(request, torch, vllm)
+        found = np.concatenate(logits_of(model, request, vllm), dtype=np.float32)
         head = {"class": class_of(model), "shape": found.shape, "kernels": kernels, "version": vllm.__version__}
+    except Exception as error:  # whatever vLLM raises is what it says of the folder
+        head, found = {"refused": f"{type(error).__name__}: {error}"}, np.empty(0)
+    with open(answer_path, "wb") as file:
         file.write(json.dumps(head).encode() + b"\n" + found.tobytes())
 
 
@@ -47,7 +50,8 @@ def started(request: dict, torch, vllm):
     if request["written_out"]:
         available.insert(0, written_out(torch, linear.MPLinearKernel))
     how = dict(
-        model=request["folder"], dtype=request["dtype"], trust_remote_code=request["code"], seed=0,
+        model=request["folder"], model_impl=request["model_impl"], dtype=request["dtype"],
+        trust_remote_code=request["code"], seed=0,
         max_model_len=len(request["tokens"]) + 1, max_num_seqs=1, enforce_eager=True, skip_tokenizer_init=True,
         enable_prefix_caching=False, disable_log_stats=True, gpu_memory_utilization=0.5,
     )  # fmt: skip
