@@ -1,7 +1,7 @@
 """Training the adapters after the cuts: LoRA (arXiv 2106.09685) with the base frozen and packed.
 
 What is learned from lies ready in the order of training, so that a batch is the same whole or in parts, in one process
-or in several (`accelerate launch`), and after an interruption.
+or in several (`sharding`), and after an interruption.
 """
 
 import json
@@ -64,6 +64,8 @@ def train_adapters_(
     on_step: OnStep | None = None,
 ) -> Trained:
     """Train every parameter that requires a gradient, in place. What does best on the validation examples stays.
+
+    Processes that share the model (`sharding.wanted`) have nothing of its base afterwards, but for the first.
 
     Args:
         training: shuffled by `seed`, passed over as often as the steps need.

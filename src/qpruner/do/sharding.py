@@ -141,5 +141,6 @@ def in_words() -> str | None:
     return (
         f"{n} processes share the training and the model (FSDP): each has 1/{n} of every weight, packed or not, and "
         "the whole of a decoder layer while that runs. Embeddings and heads are whole during a step, adapters and "
-        "their optimizer always. Every process first reads the whole artifact into its host's memory."
+        "their optimizer always. Every process first reads the whole artifact into its host's memory, and the first "
+        "keeps it there."
     )

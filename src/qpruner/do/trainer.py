@@ -57,7 +57,7 @@ class AdapterTrainer(Trainer):
     def _wrap_model(self, model, training=True, dataloader=None) -> nn.Module:
         if not self._sharded or model is not self.model:
             return super()._wrap_model(model, training, dataloader)
-        # for its products in bfloat16: to evaluate is all that accelerate has for such a model
+        # accelerate puts autocast around the forward, but for training would refuse what has parts shared out
         return sharding.averaging(self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True))
 
     # --- the loss ----------------------------------------------------------------------------------------------------
