@@ -140,6 +140,31 @@ def test_a_process_that_dies_is_a_refusal(tmp_path):
         served.ask(python, tmp_path, [1, 2, 3], "float32")
 
 
+@pytest.mark.parametrize("exact, kernels", [(True, True), (True, False), (False, True)])
+def test_one_of_two_runs_is_enough_where_memory_or_kernels_lack(exact, kernels, tmp_path, monkeypatch):
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+
+    def ask(*_, written_out, **__):
+        if written_out and not exact:
+            raise served.Refused("RuntimeError: CUDA out of memory")
+        if not written_out and not kernels:
+            raise served.Refused("ValueError: Failed to find a kernel that can implement the WNA16 linear layer")
+        return served.Answer("LlamaForCausalLM", logits.numpy(), ("Kernel",), "0.32.0")
+
+    monkeypatch.setattr(served, "ask", ask)
+    how = dict(weights=logits, artifact=logits)
+    found = served.served(Path("python"), tmp_path, torch.arange(4)[None], "bfloat16", **how)
+    assert ((found.exact is not None), (found.as_served is not None)) == (exact, kernels)
+    assert ("no memory for float32" in found.lines()[0]) is not exact
+    assert ("no kernel" in found.lines()[1]) is not kernels
+    other = dict(weights=-logits, artifact=-logits)
+    with pytest.raises(ModelError, match="something else"):
+        served.served(Path("python"), tmp_path, torch.arange(4)[None], "bfloat16", **other)
+    exact = kernels = False
+    with pytest.raises(ModelError, match="does not take the exported folder: RuntimeError|ValueError"):
+        served.served(Path("python"), tmp_path, torch.arange(4)[None], "bfloat16", **how)
+
+
 def test_classes_that_derive_the_size_of_heads_are_passed_by():
     narrow = dict(
         architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_size=256, num_hidden_layers=1, head_dim=32,

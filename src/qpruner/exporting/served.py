@@ -23,7 +23,9 @@ from qpruner.vllm import serve_options
 SECONDS = 1800
 # Of logits in float32 on the same weights: only the order of sums differs.
 MOST_OFF = 1e-3
-NO_KERNEL = "Failed to find a kernel"
+# Nats per token between what vLLM serves and the model: of another arithmetic, not of another model.
+MOST_KL = 0.1
+NO_KERNEL, NO_MEMORY = "Failed to find a kernel", "memory"
 SAID = 600  # characters of what vLLM said that are handed on
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM accepts as --max-lora-rank
 
@@ -43,19 +45,20 @@ class Answer:
 class Served:
     """What vLLM made of a folder.
 
-    exact: its logits in float32, with products of codes written out, against those of the same weights here.
-    as_served: in the folder's dtype with its own kernels, against the model that was exported; None where it has none
-    for these codes on this machine.
+    exact: its logits in float32, with products of codes written out, against those of the same weights here; None where
+    it has no memory for that. as_served: in the folder's dtype with its own kernels, against the model that was
+    exported; None where it has none for these codes on this machine.
     """
 
     version: str
     model_class: str
-    exact: Off
+    exact: Off | None
     as_served: Off | None
     kernels: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        said = [f"vLLM {self.version}, as {self.model_class}, against torch on the weights of the folder: {self.exact}"]
+        exact = self.exact or "it has no memory for float32"
+        said = [f"vLLM {self.version}, as {self.model_class}, against torch on the weights of the folder: {exact}"]
         if self.as_served is None:
             return [*said, "vLLM has no kernel for these codes on this machine: their products were written out"]
         by = f" ({', '.join(self.kernels)})" if self.kernels else ""
@@ -107,21 +110,26 @@ def served(
     """
     rank = max(read_adapters(adapter)[0].values()) if adapter else 0
     how = dict(adapter=adapter, rank=lora_rank(rank), code=code)
+    plain = _unless(NO_MEMORY, python, folder, ids, "float32", written_out=True, **how)
+    exact = plain and off(torch.from_numpy(plain.logits), weights)
+    if exact and not exact.relative < most:
+        raise ModelError(f"vLLM computes something else from the exported folder ({exact}). Nothing was written.")
+    own = _unless(NO_KERNEL if plain else None, python, folder, ids, dtype, written_out=False, **how)
+    as_served = own and off(torch.from_numpy(own.logits), artifact)
+    if as_served and not as_served.kl < MOST_KL:
+        raise ModelError(f"vLLM serves something else ({as_served}). Nothing was written.")
+    one = plain or own
+    return Served(one.version, one.model_class, exact, as_served, own.kernels if own else ())
+
+
+def _unless(reason: str | None, python: Path, folder: Path, ids: Tensor, dtype: str, **how) -> "Answer | None":
+    """What `ask` answers; None where it is refused for this reason."""
     try:
-        plain = ask(python, folder, ids[0].tolist(), "float32", written_out=True, **how)
-        exact = off(torch.from_numpy(plain.logits), weights)
-        if not exact.relative < most:
-            raise ModelError(f"vLLM computes something else from the exported folder ({exact}). Nothing was written.")
-        try:
-            own = ask(python, folder, ids[0].tolist(), dtype, written_out=False, **how)
-        except Refused as error:
-            if NO_KERNEL not in str(error):
-                raise
-            return Served(plain.version, plain.model_class, exact, None, ())
+        return ask(python, folder, ids[0].tolist(), dtype, **how)
     except Refused as error:
+        if reason and reason in str(error):
+            return None
         raise ModelError(f"vLLM does not take the exported folder: {error}. Nothing was written.") from None
-    as_served = off(torch.from_numpy(own.logits), artifact)
-    return Served(plain.version, plain.model_class, exact, as_served, own.kernels)
 
 
 def lora_rank(rank: int) -> int:
@@ -162,7 +170,7 @@ def ask(
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         environment["HF_MODULES_CACHE"] = f"{place}/modules"
         done = subprocess.run(
-            [python, "-P", vllm_program.__file__, asked, answer], capture_output=True, timeout=SECONDS, check=False,
+            [python, vllm_program.__file__, asked, answer], capture_output=True, timeout=SECONDS, check=False,
             env=environment, cwd=place,
         )  # fmt: skip
         if not answer.is_file():

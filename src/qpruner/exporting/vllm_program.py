@@ -53,7 +53,7 @@ def started(request: dict, torch, vllm):
         model=request["folder"], model_impl=request["model_impl"], dtype=request["dtype"],
         trust_remote_code=request["code"], seed=0,
         max_model_len=len(request["tokens"]) + 1, max_num_seqs=1, enforce_eager=True, skip_tokenizer_init=True,
-        enable_prefix_caching=False, disable_log_stats=True, gpu_memory_utilization=0.5,
+        enable_prefix_caching=False, disable_log_stats=True, gpu_memory_utilization=0.9,
     )  # fmt: skip
     if request["adapter"]:
         how |= dict(enable_lora=True, max_lora_rank=request["rank"])
@@ -131,4 +131,5 @@ def unpacked(torch, words, bits: int, n: int):
 
 
 if __name__ == "__main__":
+    del sys.path[0]  # this file's folder, whose files have names of packages
     main(*sys.argv[1:])
