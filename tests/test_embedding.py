@@ -86,8 +86,8 @@ def test_a_tied_head_multiplies_by_the_same_codes(rand, spec):
     assert list(head.state_dict()) == ["bias"] and not bias.state_dict()
 
 
-def packed_llama(spec=INT3, dtype=torch.float32):
-    model = tiny("llama", dtype=dtype, tie_word_embeddings=True)
+def packed_llama(spec=INT3, dtype=torch.float32, tied=True):
+    model = tiny("llama", dtype=dtype, tie_word_embeddings=tied)
     graph = discover(model)
     site = graph.embeddings["model.embed_tokens"]
     put_embedding_(model, site, PackedLinear.from_weight(model.model.embed_tokens.weight, None, spec), dtype=dtype)

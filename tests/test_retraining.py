@@ -166,3 +166,14 @@ def test_both_models_are_scored_on_tasks(place, tmp_path):
     assert facts.metric("piqa, acc norm").after == found["tasks"]["tasks"]["piqa"]["acc_norm"]
     assert any("Zero-shot tasks" in note for note in facts.notes)
     shutil.rmtree(tmp_path / "again")
+
+
+def test_processes_that_cannot_share_the_work_as_asked_are_refused_before_any_of_it(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(RecipeError, match="a batch of 2 cannot be shared evenly by 3 processes"):
+        recover(place, "packed", tmp_path / "out")
+    for name, value in {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RecipeError, match="FSDP_OFFLOAD_PARAMS=true, which is not served"):
+        recover(place, "packed", tmp_path / "out")
+    assert not list(tmp_path.iterdir())

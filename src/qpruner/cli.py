@@ -6,6 +6,7 @@ Exit status: 0 done; 2 the request or its input cannot be served; 1 a fault of o
 import errno
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -164,10 +165,15 @@ def recover(
 ) -> None:
     """Train adapters on a finished artifact, taught by the original; the same command continues.
 
-    Several processes train together: torchrun --nproc_per_node 2 -m qpruner.cli recover ..., or accelerate launch.
+    Several processes train together: torchrun --nproc_per_node 2 -m qpruner.cli recover ..., and share the model as
+    well: accelerate launch --use_fsdp -m qpruner.cli recover ...
     """
     from qpruner import api
+    from qpruner.do import sharding
     from qpruner.progress import bars
+
+    if os.environ.get("RANK", "0") == "0" and (words := sharding.in_words()):
+        typer.echo(words, err=True)
 
     with bars() as on_progress:
         found = api.recover(

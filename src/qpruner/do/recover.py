@@ -1,20 +1,20 @@
 """Training the adapters after the cuts: LoRA (arXiv 2106.09685) with the base frozen and packed.
 
 What is learned from lies ready in the order of training, so that a batch is the same whole or in parts, in one process
-or in several (`accelerate launch`), and after an interruption.
+or in several (`sharding`), and after an interruption.
 """
 
 import json
-import os
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from qpruner.do import sharding
 from qpruner.do.objective import Objective, compared_layers, labels_of
 from qpruner.errors import RecipeError
 from qpruner.model.examples import Examples
@@ -65,6 +65,8 @@ def train_adapters_(
 ) -> Trained:
     """Train every parameter that requires a gradient, in place. What does best on the validation examples stays.
 
+    Processes that share the model (`sharding.wanted`) have nothing of its base afterwards, but for the first.
+
     Args:
         training: shuffled by `seed`, passed over as often as the steps need.
         folder: for checkpoints; with those of an interrupted process training goes on to the same result.
@@ -79,14 +81,22 @@ def train_adapters_(
     if not recovery.validations:
         validation = None
     layers = compared_layers(len(decoder_layers(model))) if taught_layers(recovery) else ()
-    with nullcontext(folder) if folder else tempfile.TemporaryDirectory() as place, as_it_was(model) as afterwards:
+    sharded = sharding.wanted()
+    with ExitStack() as stack:
+        place = folder or stack.enter_context(tempfile.TemporaryDirectory())
+        afterwards = stack.enter_context(as_it_was(model))
+        stack.enter_context(sharding.without_accelerates())
+        arguments = arguments_for(recovery, str(place), seed, looks=validation is not None)
+        if sharded:
+            model = sharding.shared_out(model, arguments.device)
         trainer = AdapterTrainer(
             model,
-            arguments_for(recovery, str(place), seed, looks=validation is not None),
+            arguments,
             Objective(model, layers, recovery.block_weight),
             _Ordered(training, order),
             validation and _Ordered(validation, torch.arange(len(validation.examples))),
             lambda step, loss: on_step(step, steps, loss) if on_step else None,
+            sharded=sharded,
         )
         afterwards(lambda: leave(trainer))
         trainer.remember_best()
@@ -108,7 +118,7 @@ def arguments_for(recovery: Recovery, place: str, seed: int, *, looks: bool):
     from transformers import TrainingArguments
 
     steps, on_cpu = recovery.steps, not torch.cuda.is_available()
-    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    n_processes = sharding.processes()
     part = part_of(recovery.batch_size, n_processes, recovery.micro_batch)
     often = max(1, steps // POINTS)
     every = often * max(

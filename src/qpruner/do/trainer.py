@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from qpruner.do import sharding
 from qpruner.do.objective import Objective
 from qpruner.files import replacing
 
@@ -32,8 +33,11 @@ class AdapterTrainer(Trainer):
         training: Dataset,
         validation: Dataset | None,
         on_loss: Callable[[int, float], None],
+        *,
+        sharded: bool = False,
     ):
-        """validation: None for no looking, and the last step is what stays."""
+        """validation: None for no looking, and the last step is what stays. sharded: the model is shared out."""
+        self._sharded = sharded
         super().__init__(
             model=model, args=arguments, train_dataset=training, eval_dataset=validation, data_collator=stacked,
             callbacks=[_Watch(self, on_loss)],
@@ -43,6 +47,18 @@ class AdapterTrainer(Trainer):
         self._objective = objective
         self.best: tuple[int, float] | None = None  # step, and loss on the validation examples
         self._best_adapters: dict[str, Tensor] = {}
+
+    # --- several processes -------------------------------------------------------------------------------------------
+
+    def _move_model_to_device(self, model, device) -> None:
+        if not self._sharded:
+            super()._move_model_to_device(model, device)
+
+    def _wrap_model(self, model, training=True, dataloader=None) -> nn.Module:
+        if not self._sharded or model is not self.model:
+            return super()._wrap_model(model, training, dataloader)
+        # accelerate puts autocast around the forward, but for training would refuse what has parts shared out
+        return sharding.averaging(self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True))
 
     # --- the loss ----------------------------------------------------------------------------------------------------
 
@@ -65,7 +81,7 @@ class AdapterTrainer(Trainer):
             some = range(first + mine, min(first + mine + size, len(examples)))
             # A sharded model runs in all processes or in none: one without examples runs on the first.
             batch = self._prepare_inputs(stacked([examples[i] for i in some or (0,)]))
-            total = self._objective(self.model_wrapped if self.is_fsdp_enabled else self.model, batch)
+            total = self._objective(self.model, batch)
             if some:
                 counted = (batch["labels"] != -100).sum()
                 sums += torch.stack([total, counted.double()])
@@ -105,22 +121,11 @@ class AdapterTrainer(Trainer):
             self._put_(self._best_adapters)
 
     def trained(self) -> dict[str, Tensor]:
-        """Copies of what is trained, by name. With a sharded model all processes have to ask."""
-        if self.is_fsdp_enabled:
-            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-            options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-            return {name: t.contiguous() for name, t in get_model_state_dict(self.model, options=options).items()}
+        """Copies of what is trained, by name."""
         parameters = self.accelerator.unwrap_model(self.model).named_parameters()
         return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in parameters if p.requires_grad}
 
     def _put_(self, state: Mapping[str, Tensor]) -> None:
-        if self.is_fsdp_enabled:
-            from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-            options = StateDictOptions(full_state_dict=True, strict=False)
-            set_model_state_dict(self.model, dict(state), options=options)
-            return
         parameters = dict(self.accelerator.unwrap_model(self.model).named_parameters())
         for name, tensor in state.items():
             parameters[name].data.copy_(tensor)

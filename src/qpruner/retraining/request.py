@@ -11,6 +11,8 @@ from qpruner.artifact.loader import ADAPTER, PLAN, shell
 from qpruner.artifact.opened import artifact_digest, manifest_of, open_stream
 from qpruner.decide.draft import ranks_of
 from qpruner.decide.ranks import uniform
+from qpruner.do import sharding
+from qpruner.do.recover import part_of
 from qpruner.errors import MemoryLimitError, ModelError, RecipeError
 from qpruner.model import adapters, checkpoint, corpus, load, memory
 from qpruner.model.corpus import Windows
@@ -86,7 +88,7 @@ def request_for(
 
     Raises:
         QPrunerError: no artifact of ours, or one that does not fit in memory; the teacher has another vocabulary; a
-            text is too short, or serves two purposes.
+            text is too short, or serves two purposes; processes were launched that cannot share the work as asked.
     """
     source = load.inspect_source(model, trust_remote_code=trust_remote_code)
     manifest = manifest_of(source)
@@ -102,7 +104,8 @@ def request_for(
         )
     if not recipe.steps or not recipe.adapter_rank:
         raise RecipeError(f"recipe {recipe.name!r} trains nothing: give it `steps` and an `adapter_rank`.")
-    notes: list[str] = []
+    part_of(recipe.batch_size, sharding.processes(), recipe.micro_batch)  # before what the original says is computed
+    notes = [words] if (words := sharding.in_words()) else []
     taught_by = _teacher(source, teacher, manifest, recipe, trust_remote_code, notes)
     teacher_digest = None
     if taught_by is not None:

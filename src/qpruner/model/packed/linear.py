@@ -14,6 +14,8 @@ from qpruner.model.packed.products import product
 from qpruner.model.packed.storage import code_width, signed_bytes, stored_parts
 from qpruner.plan import QuantSpec
 
+STORED = ("codes", "scales", "steps", "zeros")
+
 
 class PackedLinear(nn.Linear):
     """y = x @ W.T + bias, W dequantized a few rows at a time. Final.
@@ -40,7 +42,7 @@ class PackedLinear(nn.Linear):
         self.in_features = in_features
         self.out_features = len(parts["codes"])
         self.spec = spec
-        for name in ("codes", "scales", "steps", "zeros"):
+        for name in STORED:
             self.register_buffer(name, parts.get(name))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
@@ -104,10 +106,27 @@ class PackedLinear(nn.Linear):
         other._non_persistent_buffers_set = set(self._buffers)
         return other
 
+    def as_parameters_(self, given: dict[str, nn.Parameter] | None = None) -> dict[str, nn.Parameter]:
+        """Have what is stored as frozen parameters, in the order that is stored, for code that sees parameters alone.
+
+        They lose what keeps the scales' dtype: not to be converted.
+
+        Args:
+            given: what this gave for a linear with which this one shares its buffers.
+        """
+        if given is None:
+            self.restore_()
+            there = [name for name in STORED if self._buffers.get(name) is not None]
+            given = {name: nn.Parameter(self._buffers.pop(name), requires_grad=False) for name in there}
+        self.shares = True  # they stay in that order
+        self._parameters.update(given)
+        return given
+
     @property
     def weight(self) -> Tensor:
         """The stored bytes, flat."""
-        return self._buffers["codes"].view(torch.uint8).flatten()
+        codes = self._buffers["codes"] if "codes" in self._buffers else self._parameters["codes"]
+        return codes.view(torch.uint8).flatten()
 
     def arranged(self, make: bool = False) -> Arranged | None:
         """The order of torch's 4-bit product: if the buffers are in it, or, to make, if the spec and the shape fit."""
