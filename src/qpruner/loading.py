@@ -113,7 +113,7 @@ def _vllm(body: Body, name: str) -> Loads:
         said.append(f"{listed(body.embeddings)} lies in codes, which vLLM wants at 16 bits.")
     if not body.holds_as_stock and (reason := body.why_no_code()):
         said.append(reason)
-    if _strange(body):
+    if _strange(body) or (not body.holds_as_stock and out_of_reach(body.original, body.specs)):
         said.append(f"{OWN_LINEARS[0].upper()}{OWN_LINEARS[1:]}")
     if said:
         return Loads(target, False, " ".join(said))

@@ -34,7 +34,7 @@ DERIVING = (
     "BloomForCausalLM", "FalconForCausalLM", "GPT2LMHeadModel", "GPTJForCausalLM", "OlmoeForCausalLM", "OPTForCausalLM",
     "Qwen2ForCausalLM", "Qwen2MoeForCausalLM", "StableLmForCausalLM",
 )  # fmt: skip
-OWN_LINEARS = "it puts codes into nn.Linear alone, and linears here are of the original's own class; serve 16 bits."
+OWN_LINEARS = "its transformers backend knows nn.Linear alone, and linears here are of a class of the original's own."
 WIDTHS = range(2, 9)
 SMALLEST_GROUP = 16
 FUSED = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
@@ -111,13 +111,13 @@ def vllm_verdict(model: Path | Mapping[str, Any], *, sizes: Sequence[int] = TENS
     found = [_class(config, layers), _attention(layers)]
     if config.get("model_type") == OWN_TYPE and "quantization_config" not in config and config.get("coded", True):
         return [*found, Verdict("codes", False, "it does not read qpruner's codes; export --to compressed-tensors.")]
+    if config.get("own_linears"):
+        return [*found, Verdict("linears", False, OWN_LINEARS)]
     if (quantization := config.get("quantization_config")) is not None:
         if quantization.get("quant_method") != "compressed-tensors":
             return [*found, Verdict("codes", False, f"{quantization.get('quant_method')!r} is not judged here.")]
         stored = schemes_of(quantization)
         found += [_codes(stored), _fused(quantization, layers)]
-        if config.get("own_linears"):
-            found.append(Verdict("linears", False, OWN_LINEARS))
     divides = tensor_parallel(config, sizes)
     good = [str(size) for size, reasons in divides.items() if not reasons]
     bad = "".join(f"; {size} does not: {reasons[0]}" for size, reasons in divides.items() if reasons)

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 
 from qpruner import body
 from qpruner.artifact import standalone
+from qpruner.artifact.compressed.schemes import out_of_reach
 from qpruner.artifact.config import MODEL_TYPE
 from qpruner.artifact.dense import Dense
 from qpruner.artifact.loader import ADAPTER, MANIFEST, PLAN, WEIGHTS, shell
@@ -275,7 +276,11 @@ def _with_code(source: Source, folder: Path, on_progress: OnProgress) -> tuple:
     dense = Dense(source)
     told = {"narrowed": narrowed_of(original, narrowed), "embeddings": embeddings_of(narrowed, graph)}
     shutil.copytree(source.folder, folder, dirs_exist_ok=True)
-    told |= {"shapes": shapes_of(original, dense.model), "coded": any(s.bits < 16 for s in dense.specs.values())}
+    told |= {
+        "shapes": shapes_of(original, dense.model),
+        "coded": any(spec.bits < 16 for spec in dense.specs.values()),
+        "own_linears": bool(out_of_reach(original, dense.graph.linears)),
+    }
     standalone.put_beside(folder, told)
     on_progress("comparing", 0, 1)
     ids, _ = sample(source, dense)

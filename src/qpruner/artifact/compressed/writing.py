@@ -197,8 +197,7 @@ def stock_or_own(source: Source, dense: Dense, coded: Iterable[str]) -> Shell:
         return Shell(as_it_is)
     original = source.original
     skeleton = build_skeleton(original, trust_remote_code=source.trust_remote_code)
-    strange = out_of_reach(skeleton, coded)
-    if not strange:
+    if not out_of_reach(skeleton, coded):
         plan = Plan.read(source.folder / PLAN)
         plain = plan.model_copy(
             update={"specs": dict.fromkeys(plan.specs, DENSE), "embeddings": {}, "adapter_ranks": {}, "layers": None}
@@ -213,7 +212,7 @@ def stock_or_own(source: Source, dense: Dense, coded: Iterable[str]) -> Shell:
         told = {"narrowed": narrowed_of(skeleton, dense.model), "shapes": shapes_of(skeleton, dense.model)}
     except ModelError:  # there is more to tell than the files know
         return Shell(as_it_is, own=True)
-    told |= {"coded": False, "own_linears": bool(strange)}
+    told |= {"coded": False, "own_linears": bool(out_of_reach(skeleton, dense.graph.linears))}
     put = lambda folder: standalone.put_beside(folder, told)
     return Shell(as_it_is, own=True, put_code=put)
 

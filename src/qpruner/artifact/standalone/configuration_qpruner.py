@@ -7,7 +7,7 @@ class QPrunerConfig(PreTrainedConfig):
     """base_config: the original's. narrowed: module -> attributes that are not the original's. shapes: of tensors that
     are not as large as the original's. embeddings: of those in codes, what rows are multiplied by, and the heads that
     multiply with the same codes. For those who read weights themselves, coded: whether anything lies in codes
-    of qpruner's own; own_linears: whether codes belong to linears of a class that the original brings."""
+    of qpruner's own; own_linears: whether the original's linears are of a class of its own."""
 
     model_type = "qpruner"
 
