@@ -110,3 +110,14 @@ def test_sizes_are_found_in_the_words_of_every_family():
     assert layers_of(gpt2) == [LayerWidths(8, 8, 128)] * 2 and head_dim_of(gpt2) == 8
     assert layers_of(falcon | {"ffn_hidden_size": 256}) == [LayerWidths(8, 2, 256)] * 2
     assert not tensor_parallel(gpt2)[8] and tensor_parallel(gpt2 | {"n_head": 6})[4][0] == "layer 0 has 6 heads"
+
+
+def test_layers_of_their_own_widths_go_through_the_code_but_for_experts_and_linears_of_their_own():
+    uneven = OWN | {"per_layer_config": {"1": {"intermediate_size": 512}}, "coded": False}
+    assert not said(uneven)["class"][0]
+    by_code = uneven | {"auto_map": {"AutoModel": "x"}}
+    assert said(by_code)["class"][0] and "linears" not in said(by_code)
+    assert not said(by_code | {"num_local_experts": 4})["class"][0]
+    holds, sentence = said(by_code | {"own_linears": True})["linears"]
+    assert not holds and "nn.Linear alone" in sentence
+    assert "it does not read qpruner's codes" in said(by_code | {"coded": True})["codes"][1]

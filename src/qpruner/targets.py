@@ -176,12 +176,12 @@ def refused(
 
 def _vllm(config: Mapping[str, Any], specs: Sequence[QuantSpec]) -> Rules:
     attention = "vLLM's transformers backend wants attention in every layer"
-    mixture = "vLLM is not known to load a mixture of experts whose layers differ (not verified)"
+    mixture = "vLLM does not load a mixture of experts whose layers differ"
     groups = [spec.group_size or 1 for spec in specs if _pack_quantized(spec, None) is None]
     multiple = math.lcm(BLOCK, *groups)  # whole words of codes, and whole groups
     return Rules(
         "vllm",
-        uniform_widths=_mixture(config),
+        uniform_widths=is_mixture(config),
         channel_multiple=multiple,
         head_columns_multiple=multiple,
         packs_embeddings=False,
@@ -292,7 +292,8 @@ def _slides(config: Mapping[str, Any]) -> bool:
     return bool(config.get("sliding_window")) and config.get("use_sliding_window", True)
 
 
-def _mixture(config: Mapping[str, Any]) -> bool:
+def is_mixture(config: Mapping[str, Any]) -> bool:
+    """Whether layers have experts."""
     return any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 

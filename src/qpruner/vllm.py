@@ -14,7 +14,7 @@ from typing import Any
 
 from qpruner.errors import listed
 from qpruner.plan import QuantSpec
-from qpruner.targets import MARLIN, MARLIN_GROUPS, WORD_BITS, LayerWidths
+from qpruner.targets import MARLIN, MARLIN_GROUPS, WORD_BITS, LayerWidths, is_mixture
 
 VERSION = "0.33"
 TENSOR_PARALLEL = (1, 2, 4, 8)
@@ -183,6 +183,8 @@ def _class(config: Mapping[str, Any], layers: Sequence[LayerWidths]) -> Verdict:
     if "block_configs" in config:
         return Verdict("class", True, f"it has {name} of its own, whose layers have MLPs of their own widths.")
     if len(set(layers)) > 1 or config.get("model_type") == OWN_TYPE:
+        if is_mixture(config):
+            return Verdict("class", False, "it builds no mixture of experts whose layers differ.")
         if "auto_map" in config:
             return Verdict(
                 "class", True, "layers of their own widths go through its transformers backend, by the code in the "
