@@ -175,6 +175,9 @@ def test_classes_that_derive_the_size_of_heads_are_passed_by():
     assert serve_options(narrow | {"num_attention_heads": 8}) == serve_options({}) == ()
     assert serve_options(narrow | {"architectures": ["LlamaForCausalLM"]}) == ()
     assert serve_options({"auto_map": {}}) == ("--trust-remote-code",)
+    mixture = narrow | {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
+    assert serve_options(mixture) == ("--model-impl", "transformers")
+    assert "they lie stacked here" in vllm_verdict(mixture)[0].sentence
 
 
 def test_adapters_get_the_smallest_room_that_vllm_offers():

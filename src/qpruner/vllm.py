@@ -128,7 +128,7 @@ def vllm_verdict(model: Path | Mapping[str, Any], *, sizes: Sequence[int] = TENS
 def serve_options(config: Mapping[str, Any]) -> tuple[str, ...]:
     """What `vllm serve` has to be told besides the folder."""
     code = ("--trust-remote-code",) if "auto_map" in config else ()
-    return code + (("--model-impl", "transformers") if _misled(config) else ())
+    return code + (("--model-impl", "transformers") if _misled(config) or is_mixture(config) else ())
 
 
 def _misled(config: Mapping[str, Any]) -> bool:
@@ -193,6 +193,11 @@ def _class(config: Mapping[str, Any], layers: Sequence[LayerWidths]) -> Verdict:
         return Verdict(
             "class", False, f"it has no class for {config.get('model_type')!r} with layers of their own widths; "
             "compress with one width for all layers, or export with code that builds them."
+        )  # fmt: skip
+    if is_mixture(config):
+        return Verdict(
+            "class", True, "a class of its own reads experts one by one, and they lie stacked here; its transformers "
+            "backend takes them so (--model-impl transformers)."
         )  # fmt: skip
     if _misled(config):
         derived = _stated(config, "hidden") // _stated(config, "heads")
