@@ -20,15 +20,14 @@ from qpruner import api
 from qpruner.facts import machine
 
 HALF = "kept=0.5,protect_first=0,protect_last=0,shrink_to_fit=false,validations=10"
-BUDGET = "60%"  # room for codes of 4.5 bits on average
 TRAINING = ("adapters", "teacher-training", "teacher-validation")
 
 
-def run(model: str, folder: Path, shared: Path, seed: int, changes: str, text: Path | None) -> dict:
+def run(model: str, budget: str, folder: Path, shared: Path, seed: int, changes: str, text: Path | None) -> dict:
     """What one compression lost, and how long its training took."""
     recipe = f"qpruner[{HALF},{changes}]"
     made = api.compress(
-        model, BUDGET, folder, recipe=recipe, seed=seed, shared=shared, measure_speed=False, calibration=text
+        model, budget, folder, recipe=recipe, seed=seed, shared=shared, measure_speed=False, calibration=text
     )  # fmt: skip
     loss, kl, recovery = made.facts.metric("loss"), made.facts.metric("KL to the original"), made.facts.recovery
     return {
@@ -46,6 +45,7 @@ def run(model: str, folder: Path, shared: Path, seed: int, changes: str, text: P
 def main() -> None:
     parser = argparse.ArgumentParser(description=" ".join(__doc__.splitlines()[:2]))
     parser.add_argument("--model", default="pystdlib-5M")
+    parser.add_argument("--budget", default="29%", help="half of the units at 16 bits are 55 percent")
     parser.add_argument("--text", type=Path, help="in place of the bundled text")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -58,7 +58,7 @@ def main() -> None:
     rows, also = [], f",{args.also}" if args.also else ""
     place = args.folder or Path(tempfile.mkdtemp(prefix="distillation-"))
     for seed in args.seeds:
-        where = lambda name, seed=seed: (args.model, place / f"{seed}-{name}", place / "common", seed)
+        where = lambda name, seed=seed: (args.model, args.budget, place / f"{seed}-{name}", place / "common", seed)
         cut = run(*where("cut"), f"steps=0{also}", args.text)
         for rate in args.rates or [None]:
             for loss in ("next-token", "distillation"):
@@ -72,14 +72,14 @@ def main() -> None:
                 print(
                     f"seed {seed}  {loss:12}  rate {rate or 'default'}  {found['original']:.4f} -> {cut['loss']:.4f} "
                     f"-> {found['loss']:.4f}  {recovered:.1%} recovered  KL {cut['kl']:.4f} -> {found['kl']:.4f}  "
-                    f"step {found['best_step']}  {found['seconds']:.0f} s",
+                    f"step {found['best_step']}  {found['seconds']:.0f} s  {found['mean_bits']:.2f} bits",
                     flush=True,
                 )
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     if args.out:
         facts = dict(
             commit=commit, date=time.strftime("%Y-%m-%d"), machine=machine(), torch=torch.__version__,
-            model=args.model, steps=args.steps, recipe=f"qpruner[{HALF}{also}]", budget=BUDGET, rows=rows,
+            model=args.model, steps=args.steps, recipe=f"qpruner[{HALF}{also}]", budget=args.budget, rows=rows,
         )  # fmt: skip
         args.out.write_text(json.dumps(facts, indent=1) + "\n")
 
