@@ -18,6 +18,7 @@ from tiny_folder import save, tiny_model
 
 from qpruner import api, prepare
 from qpruner.errors import BudgetError, CorpusError, MemoryLimitError, ModelError, OutputError, RecipeError
+from qpruner.loading import TARGETS
 from qpruner.plan import Plan
 
 SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
