@@ -17,7 +17,7 @@ from qpruner.artifact.save import weight_bytes
 from qpruner.artifact.widths import widest
 from qpruner.cli import app
 from qpruner.errors import ModelError, OutputError
-from qpruner.exporting import fresh
+from qpruner.exporting import fresh, served
 from qpruner.exporting.padding import padded
 from qpruner.model import load
 from qpruner.model.surgery import cut_tensor, cuts_of
@@ -88,6 +88,12 @@ def test_scales_keep_their_precision_where_the_model_moves(uneven, tmp_path, her
     weight = model.model.layers[1].mlp.down_proj.matrix.decoded(slice(None))
     moved = model.to(torch.bfloat16).model.layers[1].mlp.down_proj.matrix.decoded(slice(None))
     assert torch.equal(weight, moved)
+
+
+def test_vllm_is_not_asked_where_its_rules_speak_against_it(uneven, tmp_path, here, monkeypatch):
+    monkeypatch.setattr(served, "interpreter", lambda named: named)
+    made = exporting.export(uneven, "hf", tmp_path / "coded", with_code=True, vllm="python")
+    assert made.served is None and "vLLM was not asked: it does not read qpruner's codes" in "\n".join(made.lines())
 
 
 def test_slopes_of_heads_are_refused_for_the_code_knows_none(tmp_path, here):

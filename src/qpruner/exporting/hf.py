@@ -131,8 +131,10 @@ def to_hf(
             if not loaded.relative < most:
                 raise ModelError(f"transformers computes something else from it ({loaded}). Nothing was written.")
         on_progress("opening in a fresh process", 1, 1)
-        there = None
-        if python and all(verdict.holds for verdict in vllm_verdict(temporary)):
+        there, speaks_against = None, [v.sentence for v in vllm_verdict(temporary) if not v.holds]
+        if python and speaks_against:
+            notes = (*notes, f"vLLM was not asked: {speaks_against[0]}")
+        elif python:
             on_progress("opening in vLLM", 0, 1)
             dtype = str(stored_dtype(inspect_source(temporary))).removeprefix("torch.")
             beside = temporary / ADAPTER if (temporary / ADAPTER).is_dir() else None
