@@ -19,7 +19,7 @@ test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -n 2
 
 test-vllm: $(VENV)/.installed-test $(VLLM)/.installed
-	QPRUNER_VLLM=$(CURDIR)/$(VLLM)/bin/python $(VENV)/bin/python -m pytest -m vllm -n 2
+	QPRUNER_VLLM=$(abspath $(VLLM))/bin/python $(VENV)/bin/python -m pytest -m vllm -n 2
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "qpruner needs Python 3.11 or 3.12; name one: make PYTHON=/path/to/python3.12"; exit 2; }
