@@ -1,4 +1,5 @@
 import atexit
+import functools
 import gc
 import os
 import shutil
@@ -67,3 +68,13 @@ def rand():
     """Seeded float64 normal tensors: `rand(3, 4)`."""
     generator = torch.Generator().manual_seed(0)
     return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def each_once(tmp_path_factory):
+    """Turns `make(folder, key)` into something that makes each key once; nobody writes into what it gives."""
+
+    def of(make):
+        return functools.cache(lambda key: make(tmp_path_factory.mktemp("made") / "out", key))
+
+    return of

@@ -7,12 +7,12 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "qpruner"
 FLOORS = {
-    "errors": 0, "files": 0, "progress": 0, "plan": 1, "recipe": 1, "matrix": 1, "targets": 1, "vllm": 1, "math": 2,
-    "model": 3, "decide": 4, "do": 4, "judge": 4, "artifact": 5, "report": 5, "run": 5, "workers": 5, "recipes": 5,
-    "testing": 5, "support": 6, "shape": 6, "prepare": 6, "job": 6, "refitting": 6, "rounding": 6, "deciding": 6,
-    "joint": 6, "drafting": 6, "recovering": 6, "merging": 6, "judging": 6, "damage": 6, "body": 6, "loading": 6,
-    "model_card": 6, "serving": 6, "chat": 6, "compress": 6, "retraining": 6, "facts": 6, "study": 6, "exporting": 6,
-    "evaluating": 6, "inspecting": 6, "api": 6, "cli": 7,
+    "errors": 0, "files": 0, "progress": 0, "fields": 1, "plan": 1, "recipe": 1, "matrix": 1, "targets": 1, "vllm": 1,
+    "math": 2, "model": 3, "decide": 4, "do": 4, "judge": 4, "artifact": 5, "report": 5, "run": 5, "workers": 5,
+    "recipes": 5, "testing": 5, "support": 6, "shape": 6, "prepare": 6, "job": 6, "refitting": 6, "rounding": 6,
+    "deciding": 6, "joint": 6, "drafting": 6, "recovering": 6, "merging": 6, "judging": 6, "damage": 6, "body": 6,
+    "loading": 6, "model_card": 6, "serving": 6, "chat": 6, "compress": 6, "retraining": 6, "facts": 6, "study": 6,
+    "exporting": 6, "evaluating": 6, "inspecting": 6, "api": 6, "cli": 7,
 }  # fmt: skip
 SIDE_BY_SIDE = {"decide", "do", "judge"}
 
@@ -58,5 +58,5 @@ def test_the_walk_sees_an_offence(package, imported):
 
 
 def test_the_plan_needs_no_torch():
-    for name in ("plan", "recipe", "targets", "vllm", "errors"):
+    for name in ("fields", "plan", "recipe", "targets", "vllm", "errors"):
         assert "import torch" not in (SOURCE / f"{name}.py").read_text()

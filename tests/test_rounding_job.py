@@ -1,7 +1,6 @@
 """Rounding with text as a stage of the main job: what ships are its codes, in the predicted bytes."""
 
 import dataclasses
-import functools
 import json
 import shutil
 import subprocess
@@ -47,14 +46,9 @@ def compress(model, out, recipe, short_text, **options) -> api.Result:
 
 
 @pytest.fixture(scope="module")
-def made_of(model, tmp_path_factory, short_text):
-    """What a recipe gives with nothing else asked for, each made once; nobody writes into it."""
-
-    @functools.cache
-    def of(recipe: str) -> api.Result:
-        return compress(model, tmp_path_factory.mktemp("made") / "out", recipe, short_text)
-
-    return of
+def made_of(model, each_once, short_text):
+    """What a recipe gives with nothing else asked for."""
+    return each_once(lambda folder, recipe: compress(model, folder, recipe, short_text))
 
 
 def run_of(made: api.Result) -> Path:

@@ -1,7 +1,6 @@
 """Changes of basis and scale as part of the main job: nothing but the rounding is different."""
 
 import dataclasses
-import functools
 import json
 import shutil
 from pathlib import Path
@@ -45,14 +44,9 @@ def compress(model, out, recipe, short_text, budget="90%") -> api.Result:
 
 
 @pytest.fixture(scope="module")
-def made_of(neox, tmp_path_factory, short_text):
-    """What a recipe gives with nothing else asked for, each made once; nobody writes into it."""
-
-    @functools.cache
-    def of(recipe: str) -> api.Result:
-        return compress(neox, tmp_path_factory.mktemp("made") / "out", recipe, short_text)
-
-    return of
+def made_of(neox, each_once, short_text):
+    """What a recipe gives with nothing else asked for."""
+    return each_once(lambda folder, recipe: compress(neox, folder, recipe, short_text))
 
 
 def files(folder: Path) -> dict[str, bytes]:

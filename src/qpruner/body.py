@@ -15,8 +15,9 @@ from qpruner.artifact.dense import Dense
 from qpruner.artifact.loader import PLAN
 from qpruner.artifact.narrowed import narrowed_of
 from qpruner.artifact.stock import stock_config
-from qpruner.artifact.widths import HEADS, field_of, widest
+from qpruner.artifact.widths import field_of, widest
 from qpruner.errors import ModelError, listed
+from qpruner.fields import HEADS
 from qpruner.model import cost
 from qpruner.model.discover import discover
 from qpruner.model.graph import Graph
@@ -24,7 +25,7 @@ from qpruner.model.load import Source, quiet
 from qpruner.model.skeleton import build_skeleton
 from qpruner.model.surgery import narrow_
 from qpruner.plan import DENSE, Plan, QuantSpec
-from qpruner.targets import LayerWidths
+from qpruner.targets import LayerWidths, Target, refused, rules_of
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,15 @@ class Body:
         except ModelError as error:
             return str(error).rstrip(".")
         return "" if found else "filled up with zeros it does not either"
+
+    def why_not_in(self, target: Target, specs: Mapping[str, tuple[QuantSpec, int]]) -> str:
+        """Sentences; "" where the target's rules hold widths, and these ways of storing."""
+        config = self.config.to_dict()
+        try:
+            rules = rules_of(target, config, tied=bool(config.get("tie_word_embeddings")))
+        except ModelError as error:
+            return str(error)
+        return " ".join(refused(rules, self.widths, specs))
 
     def why_no_code(self) -> str:
         """A sentence; "" where Python files beside the weights build it."""

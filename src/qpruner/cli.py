@@ -395,7 +395,7 @@ def export(
         found = api.export(
             model, to, output, calibration=calibration, trust_remote_code=trust_remote_code, on_progress=on_progress,
             round_again=round_again, padded=padded, with_code=with_code, adapters_beside=adapters_beside,
-            vllm=vllm and str(vllm),
+            vllm=vllm,
         )  # fmt: skip
     if as_json:
         _print_json(found.to_json())

@@ -12,7 +12,6 @@ from qpruner.artifact.gguf.families import anatomy, choose
 from qpruner.body import Body
 from qpruner.errors import ModelError, listed
 from qpruner.plan import DENSE
-from qpruner.targets import refused, rules_of
 from qpruner.vllm import OWN_LINEARS, serve_options
 
 LOAD = "AutoModelForCausalLM.from_pretrained({name!r}{options})"
@@ -107,16 +106,15 @@ def _vllm(body: Body, name: str) -> Loads:
     served = lambda folder, options: " ".join(("vllm serve", folder, *options))
     if body.stock:
         return Loads(target, True, "a stock model of 16 bits.", served(name, serve_options(config)))
-    rules = rules_of("vllm", config, tied=bool(config.get("tie_word_embeddings")))
-    said = refused(rules, body.widths, body.specs)
+    said = [body.why_not_in("vllm", body.specs)]
     if body.embeddings:
         said.append(f"{listed(body.embeddings)} lies in codes, which vLLM wants at 16 bits.")
     if not body.holds_as_stock and (reason := body.why_no_code()):
         said.append(reason)
     if _strange(body) or (not body.holds_as_stock and out_of_reach(body.original, body.specs)):
         said.append(f"{OWN_LINEARS[0].upper()}{OWN_LINEARS[1:]}")
-    if said:
-        return Loads(target, False, " ".join(said))
+    if any(said):
+        return Loads(target, False, " ".join(filter(None, said)))
     options = serve_options(body.as_stock.to_dict()) if body.as_stock else ("--trust-remote-code",)
     by = "." if body.holds_as_stock else ", with code that builds layers of their own widths."
     export = f"qpruner export {name} --to compressed-tensors -o {name}-vllm && {served(f'{name}-vllm', options)}"
@@ -156,15 +154,11 @@ def _strange(body: Body) -> list[str]:
 
 
 def _deci(body: Body, name: str) -> Loads:
-    target, config = TARGETS[6], body.config.to_dict()
+    target = TARGETS[6]
     if body.code == "its own":
         return Loads(target, False, "the original brought code of its own.")
-    try:
-        rules = rules_of("deci", config, tied=bool(config.get("tie_word_embeddings")))
-    except ModelError as error:
-        return Loads(target, False, str(error))
-    if said := refused(rules, body.widths, {}):
-        return Loads(target, False, " ".join(said))
+    if reason := body.why_not_in("deci", {}):
+        return Loads(target, False, reason)
     export = f"qpruner export {name} --to deci"
     if said := refused_codes(body.specs):
         return Loads(target, False, f"{said}; they can be rounded once more.", f"{export} --round-again")

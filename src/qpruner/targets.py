@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from qpruner.errors import ModelError, listed
+from qpruner.fields import EXPERTS
 from qpruner.plan import DENSE, QuantSpec
 
 Target = Literal["transformers", "vllm", "deci", "gguf", "any"]
@@ -203,7 +204,7 @@ def _deci(config: Mapping[str, Any], specs: Sequence[QuantSpec]) -> Rules:
             f"DeciLM computes what Llama does, without windows and with SiLU, and so do {', '.join(DECI)} as they "
             f"mostly are; {kind!r} does not, or not with this configuration."
         )
-    heads = "DeciLM has one number of query heads for all layers"
+    heads = "DeciLM has one number of query heads for all layers (--target deci keeps to it)"
     whole = "a layer without one of its parts was never opened in vLLM's DeciLM"
     reasons = (("uniform_heads", heads), ("drops_attention", whole), ("drops_mlp", whole))
     return replace(_vllm(config, specs), target="deci", uniform_heads=True, reasons=reasons)
@@ -294,7 +295,7 @@ def _slides(config: Mapping[str, Any]) -> bool:
 
 def is_mixture(config: Mapping[str, Any]) -> bool:
     """Whether layers have experts."""
-    return any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
+    return any(config.get(word) for word in EXPERTS)
 
 
 def _pack_quantized(spec: QuantSpec, d_in: int | None) -> str | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qpruner.errors import listed
+from qpruner.fields import CHANNELS, HEADS, HIDDEN, KV_HEADS, LAYERS
 from qpruner.plan import QuantSpec
 from qpruner.targets import MARLIN, MARLIN_GROUPS, WORD_BITS, LayerWidths, is_mixture
 
@@ -39,14 +40,6 @@ WIDTHS = range(2, 9)
 SMALLEST_GROUP = 16
 FUSED = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
 SPLIT_INPUTS = {"self_attn.o_proj": "heads", "mlp.down_proj": "channels"}  # linears whose inputs are shared out
-# What configurations call their sizes: most, then GPT-2's and BLOOM's, then others' words.
-WORDS = {
-    "layers": ("num_hidden_layers", "n_layer"),
-    "hidden": ("hidden_size", "n_embd"),
-    "heads": ("num_attention_heads", "n_head"),
-    "kv_heads": ("num_key_value_heads", "num_kv_heads"),
-    "channels": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
-}
 
 
 @dataclass(frozen=True)
@@ -134,7 +127,7 @@ def serve_options(config: Mapping[str, Any]) -> tuple[str, ...]:
 def _misled(config: Mapping[str, Any]) -> bool:
     """Whether vLLM's own class would take heads for as wide as they were before some went."""
     name = next(iter(config.get("architectures") or ()), None)
-    return name in DERIVING and head_dim_of(config) * _stated(config, "heads") != _stated(config, "hidden")
+    return name in DERIVING and head_dim_of(config) * _stated(config, HEADS) != _stated(config, HIDDEN)
 
 
 def tensor_parallel(config: Mapping[str, Any], sizes: Sequence[int] = TENSOR_PARALLEL) -> dict[int, list[str]]:
@@ -200,7 +193,7 @@ def _class(config: Mapping[str, Any], layers: Sequence[LayerWidths]) -> Verdict:
             "backend takes them so (--model-impl transformers)."
         )  # fmt: skip
     if _misled(config):
-        derived = _stated(config, "hidden") // _stated(config, "heads")
+        derived = _stated(config, HIDDEN) // _stated(config, HEADS)
         return Verdict(
             "class", True, f"{name} of its own takes heads for {derived} wide, and these are {head_dim_of(config)}; "
             "its transformers backend does not (--model-impl transformers)."
@@ -252,28 +245,28 @@ def _fused(quantization: Mapping, layers: Sequence[LayerWidths]) -> Verdict:
 def layers_of(config: Mapping[str, Any]) -> list[LayerWidths]:
     """Widths of every layer, from the common ones and those of `per_layer_config` or of DeciLM's `block_configs`."""
     if blocks := config.get("block_configs"):
-        heads = _stated(config, "heads")
+        heads = _stated(config, HEADS)
         in_group = lambda block: block["attention"]["n_heads_in_group"]
         return [LayerWidths(heads, heads // in_group(b), b["ffn"]["intermediate_size"]) for b in blocks]
     own = config.get("per_layer_config") or {}
     own = {int(layer): fields for layer, fields in own.items()}
     found = []
-    for i in range(_stated(config, "layers")):
+    for i in range(_stated(config, LAYERS)):
         fields = {**config, **own.get(i, {})}
         skipped = fields.get("skip") or ()
-        heads = 0 if "attention" in skipped else _stated(fields, "heads")
-        kv_heads = min(heads, _stated(fields, "kv_heads") or heads)
-        found.append(LayerWidths(heads, kv_heads, 0 if "mlp" in skipped else _stated(fields, "channels")))
+        heads = 0 if "attention" in skipped else _stated(fields, HEADS)
+        kv_heads = min(heads, _stated(fields, KV_HEADS) or heads)
+        found.append(LayerWidths(heads, kv_heads, 0 if "mlp" in skipped else _stated(fields, CHANNELS)))
     return found
 
 
 def head_dim_of(config: Mapping[str, Any]) -> int:
-    return config.get("head_dim") or _stated(config, "hidden") // max(_stated(config, "heads"), 1)
+    return config.get("head_dim") or _stated(config, HIDDEN) // max(_stated(config, HEADS), 1)
 
 
-def _stated(config: Mapping[str, Any], what: str) -> int:
+def _stated(config: Mapping[str, Any], words: Sequence[str]) -> int:
     """A number in whichever word the configuration has for it; 0 where it leaves it to be derived."""
-    return next((config[word] for word in WORDS[what] if config.get(word)), 0)
+    return next((config[word] for word in words if config.get(word)), 0)
 
 
 def schemes_of(quantization: Mapping) -> list[Scheme]:

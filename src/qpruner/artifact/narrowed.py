@@ -4,12 +4,16 @@ narrowed    module -> the attributes that are not those of the original's module
             where a module sees counts of its own in the configuration
 embeddings  path of an embedding in codes -> its width, what its rows are multiplied by, the heads tied to it
 shapes      tensor -> its shape at 16 bits, where it is not the original's, for those who build before they read
+coded       whether anything lies in codes of ours
+own_linears whether the original's linears are of a class of its own
 """
 
 from inspect import signature
 
 from torch import Tensor, nn
 
+from qpruner.artifact.compressed.schemes import out_of_reach
+from qpruner.artifact.dense import Dense
 from qpruner.errors import ModelError
 from qpruner.model.graph import Graph
 from qpruner.model.packed.embedding import PackedEmbedding
@@ -19,6 +23,23 @@ from qpruner.plan import QuantSpec
 PLAIN = int | float | str | bool | tuple | None
 # Of a packed module: the rest is seen from what is stored.
 WIDTH = "in_features"
+
+
+def told_of(original: nn.Module, narrowed: nn.Module, dense: Dense, *, coded: bool) -> dict:
+    """All that config.json says to the code beside the weights, and to those who read weights themselves.
+
+    Args:
+        narrowed: what is stored; `dense` has the same with plain linears. coded: in codes of ours.
+    Raises:
+        ModelError: there is more to tell.
+    """
+    return {
+        "narrowed": narrowed_of(original, narrowed),
+        "embeddings": embeddings_of(narrowed, dense.graph),
+        "shapes": shapes_of(original, dense.model),
+        "coded": coded,
+        "own_linears": bool(out_of_reach(original, dense.graph.linears)),
+    }
 
 
 def narrowed_of(original: nn.Module, narrowed: nn.Module) -> dict[str, dict]:

@@ -6,28 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from transformers import PreTrainedConfig
 
 from qpruner.errors import ModelError
+from qpruner.fields import CHANNELS, EXPERTS, HEADS, HIDDEN, KV_HEADS
 from qpruner.model.graph import Graph, Group
 from qpruner.plan import Plan
 
 # Fields of a configuration that count units, by kind of group. One counts the units of a group if its value is their
 # number, for heads a multiple of it. Whether the words were understood is proven on the model that they describe.
-HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads")
 FIELDS = {
-    "kv_group": (*HEADS, "num_key_value_heads", "num_kv_heads"),
+    "kv_group": (*HEADS, *KV_HEADS),
     "query_head": HEADS,
-    "channel": (
-        "intermediate_size",
-        "ffn_dim",
-        "n_inner",
-        "d_ff",
-        "ffn_hidden_size",
-        "moe_intermediate_size",
-        "shared_intermediate_size",
-        "shared_expert_intermediate_size",
-        "moe_shared_expert_intermediate_size",
-    ),
-    "expert": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
-    "residual": ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"),
+    "channel": CHANNELS,
+    "expert": EXPERTS,
+    "residual": HIDDEN,
 }
 OF_SEVERAL = ("kv_group", "query_head")  # their fields may count a multiple of the units
 GLOBAL = ("num_hidden_layers", "vocab_size", "hidden_size")

@@ -29,7 +29,7 @@ def export(
     calibration: str | Path | None = None,
     trust_remote_code: bool = False,
     on_progress: OnProgress = silent,
-    **options: bool | str | None,
+    **options: bool | str | Path | None,
 ) -> Exported:
     """Write a model or an artifact for another program, and open it there.
 

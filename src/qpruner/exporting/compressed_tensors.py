@@ -110,7 +110,7 @@ def to_compressed_tensors(
     *,
     form: Form | None = None,
     round_again: bool = False,
-    vllm: str | None = None,
+    vllm: str | Path | None = None,
 ) -> Exported:
     """Args:
     form: what stands around the weights, as `write_folder` has it.

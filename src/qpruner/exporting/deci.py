@@ -15,7 +15,6 @@ from qpruner.errors import ModelError
 from qpruner.exporting.compressed_tensors import Exported, to_compressed_tensors
 from qpruner.model.load import Source
 from qpruner.progress import OnProgress
-from qpruner.targets import refused, rules_of
 from qpruner.vllm import head_dim_of
 
 
@@ -27,13 +26,12 @@ def to_deci(source: Source, path: Path, calibration: Path | None, on_progress: O
 def as_deci(source: Source, dense: Dense, coded: Iterable[str]) -> Shell:
     """Raises: ModelError: DeciLM does not hold the model."""
     body = body_of(source)
-    config = body.config.to_dict()
-    rules = rules_of("deci", config, tied=bool(config.get("tie_word_embeddings")))
-    if said := refused(rules, body.widths, {}):
+    if reason := body.why_not_in("deci", {}):
         raise ModelError(
-            f"DeciLM does not hold {source.name!r}: {' '.join(said)} Compress with --target deci, or export --to "
-            "compressed-tensors, whose code takes layers of any widths."
+            f"DeciLM does not hold {source.name!r}: {reason} Export --to compressed-tensors, whose code takes layers "
+            "of any widths."
         )
+    config = body.config.to_dict()
     return Shell(deci.configuration(config, body.widths, head_dim_of(config)), put_code=_put_code)
 
 

@@ -18,11 +18,10 @@ from transformers import PreTrainedConfig
 
 from qpruner import body
 from qpruner.artifact import standalone
-from qpruner.artifact.compressed.schemes import out_of_reach
 from qpruner.artifact.config import MODEL_TYPE
 from qpruner.artifact.dense import Dense
 from qpruner.artifact.loader import ADAPTER, MANIFEST, PLAN, WEIGHTS, shell
-from qpruner.artifact.narrowed import embeddings_of, narrowed_of, shapes_of
+from qpruner.artifact.narrowed import told_of
 from qpruner.artifact.opened import open_stream
 from qpruner.artifact.save import CARD, LICENSES, TOKENIZER_FILES, weight_bytes
 from qpruner.artifact.stock import finds_every_name
@@ -97,7 +96,7 @@ def to_hf(
     padded: bool = False,
     with_code: bool = False,
     adapters_beside: bool = False,
-    vllm: str | None = None,
+    vllm: str | Path | None = None,
 ) -> Exported:
     """Args:
     padded: fill layers up with zeros to one width, where the class takes that.
@@ -273,16 +272,11 @@ def _notes(plan: Plan, adapters_beside: bool) -> Iterator[str]:
 
 def _with_code(source: Source, folder: Path, on_progress: OnProgress) -> tuple:
     """The files of the artifact, the code, and what it has to be told in config.json."""
-    narrowed, graph = shell(source.folder, source.config)
+    narrowed, _ = shell(source.folder, source.config)
     original = build_skeleton(source.original)
     dense = Dense(source)
-    told = {"narrowed": narrowed_of(original, narrowed), "embeddings": embeddings_of(narrowed, graph)}
+    told = told_of(original, narrowed, dense, coded=any(spec.bits < 16 for spec in dense.specs.values()))
     shutil.copytree(source.folder, folder, dirs_exist_ok=True)
-    told |= {
-        "shapes": shapes_of(original, dense.model),
-        "coded": any(spec.bits < 16 for spec in dense.specs.values()),
-        "own_linears": bool(out_of_reach(original, dense.graph.linears)),
-    }
     standalone.put_beside(folder, told)
     on_progress("comparing", 0, 1)
     ids, _ = sample(source, dense)

@@ -35,7 +35,7 @@ from qpruner.artifact.compressed.schemes import (
 from qpruner.artifact.config import MODEL_TYPE
 from qpruner.artifact.dense import Dense
 from qpruner.artifact.loader import ADAPTER, PLAN, WEIGHTS
-from qpruner.artifact.narrowed import narrowed_of, shapes_of
+from qpruner.artifact.narrowed import told_of
 from qpruner.artifact.save import TOKENIZER_FILES
 from qpruner.artifact.stock import stock_config
 from qpruner.errors import ModelError, listed
@@ -209,10 +209,9 @@ def stock_or_own(source: Source, dense: Dense, coded: Iterable[str]) -> Shell:
         if config is not None:
             return Shell(json.loads(config.to_json_string()))
     try:
-        told = {"narrowed": narrowed_of(skeleton, dense.model), "shapes": shapes_of(skeleton, dense.model)}
+        told = told_of(skeleton, dense.model, dense, coded=False)
     except ModelError:  # there is more to tell than the files know
         return Shell(as_it_is, own=True)
-    told |= {"coded": False, "own_linears": bool(out_of_reach(skeleton, dense.graph.linears))}
     put = lambda folder: standalone.put_beside(folder, told)
     return Shell(as_it_is, own=True, put_code=put)
 
